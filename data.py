@@ -1,0 +1,199 @@
+"""Pictures: reading any file, the one resize rule, writing PNGs.
+
+Training, sampling and evaluation all take their pictures through the functions here, so that reference, target and
+output cover exactly the same view. Pictures are uint8 arrays (H, W, 3), RGB.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+import scenes
+from model.weights import read_tensors, save_tensors, to_json
+from spatialdiff import depth_target, encode_geometry, encode_image
+
+# Pictures
+
+
+def open_image(path: str | Path) -> np.ndarray:
+    """The picture at `path` as uint8 (H, W, 3), RGB, upright.
+
+    EXIF rotation is applied, transparency is put on white, 16-bit values are scaled to 8, of an animation the first
+    frame is taken. FileNotFoundError if there is no file; ValueError if it cannot be read to its end.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a picture at {path}, found no file.")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # grey, 16 bits or floats in [0, 1]: Pillow's own conversion clips
+                values = np.asarray(image, np.float64) * (255 if image.mode == "F" else 255 / 65535)
+                image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow's readers raise many kinds for a damaged file
+        raise ValueError(f"Expected a picture at {path}, found a file that cannot be read as one ({error}).") from error
+
+
+def working_size(height: int, width: int, area: int, square: bool = False) -> tuple[int, int]:
+    """Height and width, multiples of 16, at which a picture is edited: about `area` pixels at the picture's aspect, or
+    a square of that area whatever the aspect (the miniature, which was trained on squares)."""
+    aspect = 1.0 if square else min(max(width / height, 256 / area), area / 256)  # no side below 16
+    return tuple(16 * max(1, round(math.sqrt(a) / 16)) for a in (area / aspect, area * aspect))
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The whole picture at another size: one Lanczos resize, no crop, no padding, corners on corners."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def side_by_side(images: list[np.ndarray], gap: int = 8) -> np.ndarray:
+    """One picture of several of equal height, from left to right on white."""
+    space = np.full((len(images[0]), gap, 3), 255, np.uint8)
+    return np.concatenate([part for image in images for part in (space, image)][1:], 1)
+
+
+def save_png(path: str | Path, image: np.ndarray, text: dict[str, str] | None = None) -> None:
+    """Write a PNG that carries `text` as text chunks; missing folders are made."""
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, format="PNG", pnginfo=chunks)
+
+
+# The embedded world as training triples
+
+SHARD = 250  # scenes a file
+
+
+@dataclass(frozen=True)
+class World:
+    """Which rendered scenes: `moves` moves and `others` generic edits of every scene, `shards` files of SHARD scenes."""
+
+    level: str = "plain"
+    size: int = 128
+    moves: int = 2
+    others: int = 1
+    shards: int = 32
+
+    def fingerprint(self) -> str:
+        """Changes when the renderer or the layout rules change: a few small pictures, their edits and the sizes."""
+        probe = hashlib.sha256(f"{self.level} {self.size} {self.moves} {self.others} {SHARD}".encode())
+        for seed in range(3):
+            scene, edits = scenes.training_edits(seed, self.level, self.moves, self.others)
+            probe.update((scenes.render(scene, 32).rgb // 8).tobytes())
+            probe.update(" ".join(edit.instruction for edit in edits).encode())
+        return probe.hexdigest()[:12]
+
+
+def render_shard(task: tuple[World, int, Path]) -> None:
+    """Writes one file of scenes: ref (R, H, W, 3), tgt (E, H, W, 3) uint8, their z-depths fp16, root (E,) int64."""
+    world, index, path = task
+    ref, ref_depth, tgt, tgt_depth, root, edits = [], [], [], [], [], []
+    for r in range(SHARD):
+        scene, scene_edits = scenes.training_edits(index * SHARD + r, world.level, world.moves, world.others)
+        picture = scenes.render(scene, world.size)
+        ref.append(picture.rgb)
+        ref_depth.append(picture.depth)
+        for edit in scene_edits:
+            picture = scenes.render(edit.target, world.size)
+            tgt.append(picture.rgb)
+            tgt_depth.append(picture.depth)
+            root.append(r)
+            edits.append((edit.kind, edit.relation, edit.instruction))
+    tensors = {
+        "ref": torch.from_numpy(np.stack(ref)),
+        "tgt": torch.from_numpy(np.stack(tgt)),
+        "ref_depth": torch.from_numpy(np.stack(ref_depth)).half(),
+        "tgt_depth": torch.from_numpy(np.stack(tgt_depth)).half(),
+        "root": torch.tensor(root),
+    }
+    save_tensors(path, tensors, {"edits": to_json(edits)})
+
+
+def scene_shards(world: World, cache: Path) -> list[Path]:
+    """Files of the world's scenes under `cache`; those not there yet are rendered, one process per core."""
+    folder = Path(cache) / f"scenes-{world.level}-{world.fingerprint()}"
+    paths = [folder / f"{i:04}.safetensors" for i in range(world.shards)]
+    missing = [(world, i, path) for i, path in enumerate(paths) if not path.is_file()]
+    if missing:
+        start = time.time()
+        with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(missing))) as pool:
+            for done, _ in enumerate(pool.imap_unordered(render_shard, missing), 1):
+                left = (time.time() - start) / done * (len(missing) - done)
+                print(f"\rrendering scenes: {done * SHARD} of {len(missing) * SHARD}, {left:.0f} s left ", end="", flush=True)
+        print()
+    return paths
+
+
+def load_images(shards: list[Path], raw_depth: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """All pictures (N, H, W, 3) uint8 of the files, references and targets, and their depths (N, H, W) fp16: as
+    disparity in [-1, 1], or as they are."""
+    files = [read_tensors(path)[0] for path in shards]
+    images = torch.cat([f[key] for f in files for key in ("ref", "tgt")])
+    depths = torch.cat([f[key] for f in files for key in ("ref_depth", "tgt_depth")])
+    return images, depths if raw_depth else disparity(depths)
+
+
+def disparity(depth: torch.Tensor) -> torch.Tensor:
+    """z-depths (N, H, W) -> disparity pictures fp16, each from -1 (farthest) to +1 (nearest): scenes.disparity."""
+    return torch.from_numpy(np.stack([scenes.disparity(d) for d in depth.float().numpy()])).half()
+
+
+@dataclass
+class Triples:
+    """Encoded training triples, fp16. References and what belongs to them are stored once for all their edits."""
+
+    reference: torch.Tensor  # (R, N, C) packed latents
+    target: torch.Tensor  # (E, N, C)
+    root: torch.Tensor  # (E,) row of `reference` and `geometry`
+    instructions: list[str]  # E
+    geometry: torch.Tensor | None = None  # (R, l', d')
+    depth: torch.Tensor | None = None  # (E, K, head width): what the spatial head must say
+
+
+def encode_scenes(shards: list[Path], vae, vggt, preset, gss: str, kinds: tuple[str, ...], amp: bool, key: str) -> Triples:
+    """Triples of the shards' edits of these kinds. Encodings are kept beside each shard under `key`, which must name
+    the networks' weights and all these choices. vggt None: no geometry; gss "none": no depth."""
+    parts, rows = [], 0
+    for n, path in enumerate(shards):
+        kept = path.with_name(f"{path.stem}.{key}.safetensors")
+        if not kept.is_file():
+            tensors, metadata = read_tensors(path)
+            edits = [i for i, edit in enumerate(json.loads(metadata["edits"])) if edit[0] in kinds]
+            out = {"root": tensors["root"][edits]}
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                encode = lambda images: torch.cat([encode_image(vae, part) for part in images.split(16)]).half()
+                out["reference"], out["target"] = encode(tensors["ref"]), encode(tensors["tgt"][edits])
+                if vggt is not None:
+                    geometry = [encode_geometry(vggt, part, preset) for part in tensors["ref"].split(32)]
+                    out["geometry"] = torch.cat(geometry).half()
+                if gss != "none":
+                    grid = round(preset.connector.queries**0.5)
+                    maps = disparity(tensors["tgt_depth"][edits]).split(8)
+                    out["depth"] = torch.cat([depth_target(vae, part, grid, gss) for part in maps]).half()
+            instructions = [json.loads(metadata["edits"])[i][2] for i in edits]
+            save_tensors(kept, out, {"instructions": to_json(instructions)})
+            print(f"\rencoding: {n + 1} of {len(shards)} files ", end="" if n + 1 < len(shards) else "\n", flush=True)
+        tensors, metadata = read_tensors(kept)
+        parts.append((tensors | {"root": tensors["root"] + rows}, json.loads(metadata["instructions"])))
+        rows += len(tensors["reference"])
+    joined = {name: torch.cat([tensors[name] for tensors, _ in parts]) for name in parts[0][0]}
+    return Triples(instructions=[text for _, texts in parts for text in texts], **joined)

@@ -1,0 +1,212 @@
+"""Edit one picture from the command line.
+
+    python sample.py                                                      a rendered scene and its own instruction
+    python sample.py --image x.png --prompt "move the red cube behind the blue sphere"
+
+Writes the edit at the picture's own size, as a PNG that carries prompt, seed, steps, preset and weights as text.
+"""
+
+import time
+
+START = time.perf_counter()  # before the slow imports
+
+import argparse
+import hashlib
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import scenes
+from data import open_image, resize, save_png, side_by_side, working_size
+from model.text import unknown_words
+from model.weights import file_sha256
+from spatialdiff import (
+    PRESETS, Condition, build, decode_image, default_folders, encode_geometry, encode_image, encode_text, load_model, load_part,
+    load_tokenizers, make_noise, sample,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    edit = parser.add_argument_group("edit")
+    edit.add_argument("--image", type=Path, help="picture to edit, any format; default: a rendered scene, chosen by --seed")
+    edit.add_argument("--prompt", help="instruction; default: the rendered scene's own")
+    edit.add_argument("--seed", type=int, default=0, help="of the noise, and of the rendered scene (default 0)")
+    edit.add_argument("--steps", type=int, help="Euler steps; default: the preset's (FLUX: 30)")
+    edit.add_argument("--guidance", type=float, help="guidance embedding; default: the preset's (FLUX: 2.5)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--preset", choices=tuple(PRESETS), default="nano", help="kontext needs the official weights")
+    model.add_argument("--weights", type=Path, help="folder of the networks; default: weights/<preset>")
+    model.add_argument("--checkpoint", type=Path, help="folder of Connector, spatial head and LoRA; default: its stage2")
+    model.add_argument("--no-ism", action="store_true", help="without spatial tokens (paper's ablation)")
+    model.add_argument("--device", help="default: cuda if there is one, else cpu")
+    model.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU, float32 on a CPU")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, default=Path("edit.png"), help="PNG to write (default edit.png)")
+    output.add_argument("--compare", action="store_true",
+                        help="also OUTPUT_compare.png: input, edit, truth if known; always with a rendered scene")
+    output.add_argument("--depth", action="store_true",
+                        help="also OUTPUT_depth.png: depth decoded from the spatial tokens of the last step, near is bright")
+    return parser.parse_args()
+
+
+def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype, str]:
+    """Device, dtype and the reason for them. ValueError, in a sentence, for what is not there or not supported."""
+    if name is None:
+        name, reason = ("cuda", "CUDA found") if torch.cuda.is_available() else ("cpu", "no CUDA device found")
+    else:
+        reason = "as asked"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"Device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu.") from None
+    if dtype in ("float16", "fp16", "half"):
+        raise ValueError("float16 overflows in T5 and in the transformer; choose --dtype bfloat16 or float32.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype}.")
+    return device, DTYPES[dtype or ("float32" if device.type == "cpu" else "bfloat16")], reason
+
+
+def weight_files(weights: Path, checkpoint: Path, explicit: bool) -> dict[str, Path]:
+    """Part -> file of all that is there. FileNotFoundError if a frozen network, or everything a checkpoint can hold
+    (where it was asked for), is missing."""
+    frozen = {part: weights / f"{part}.safetensors" for part in ("t5", "clip", "vae", "vggt", "mmdit")}
+    missing = [path.name for path in frozen.values() if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"Expected the preset's networks in {weights}, but {', '.join(missing)} is not there. "
+                                "See weights.md for how to get it, or give --preset and --weights that go together.")
+    learned = {part: checkpoint / f"{part}.safetensors" for part in ("connector", "spatial_head", "lora")}
+    learned = {part: path for part, path in learned.items() if path.is_file()}
+    if explicit and not learned:
+        raise FileNotFoundError(f"Expected connector.safetensors, spatial_head.safetensors or lora.safetensors in "
+                                f"{checkpoint}, found none of them. Give the --output folder of a training.")
+    return frozen | learned
+
+
+def main() -> None:
+    args = parse()
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
+    warnings.simplefilter("once")  # T5 and CLIP may cut the same words
+    try:
+        edit(args)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def edit(args: argparse.Namespace) -> None:
+    # What is asked for, checked before anything is loaded.
+    preset = PRESETS[args.preset]
+    weights, checkpoint = default_folders(preset, args.weights, args.checkpoint)
+    steps = preset.steps if args.steps is None else args.steps
+    guidance = preset.guidance_sample if args.guidance is None else args.guidance
+    if steps < 1 or args.seed < 0:
+        raise ValueError(f"--steps must be at least 1 and --seed at least 0, not {steps} and {args.seed}.")
+    if args.output.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png, since the edit carries its settings as PNG text; found {args.output}.")
+    device, dtype, reason = choose_device(args.device, args.dtype)
+
+    prompt, truth = args.prompt, None
+    if args.image:
+        picture = open_image(args.image)
+    else:
+        pair = scenes.make_pair(args.seed, size=preset.side, index=0, extras=False)
+        picture = pair.ref
+        if prompt is None:
+            prompt, truth = pair.instruction, pair.tgt
+    if not any(c.isalnum() for c in prompt or ""):
+        raise ValueError('An edit needs an instruction: give --prompt "move the ... to the left of the ...".')
+
+    files = weight_files(weights, checkpoint, explicit=args.checkpoint is not None)
+    tokenizers = load_tokenizers(weights)
+    if unknown := unknown_words(tokenizers[0], prompt):
+        raise ValueError(f"The preset {preset.name} does not know the words: {', '.join(unknown)}. "
+                         f"It knows {scenes.known_words()}.")
+    use_spatial = not args.no_ism and "connector" in files
+    if args.depth and not (use_spatial and "spatial_head" in files):
+        raise ValueError("--depth needs the spatial tokens and their head, but "
+                         + (f"{checkpoint} does not hold both." if not args.no_ism else "--no-ism leaves them out."))
+    sha256 = ThreadPoolExecutor(1).submit(  # of the weights, while the networks run
+        lambda: hashlib.sha256("".join(map(file_sha256, files.values())).encode()).hexdigest())
+
+    # The facts.
+    H, W = picture.shape[:2]
+    h, w = working_size(H, W, preset.side**2, square=not preset.keep_aspect)
+    grid = (h // 16, w // 16)
+    parts = [part for part in files if part != "lora" and (use_spatial or part not in ("vggt", "connector", "spatial_head"))]
+    count = {part: sum(p.numel() for p in build(preset, part, "meta").parameters()) for part in parts}
+    held = max(count["t5"] + count["clip"], count.get("vggt", 0),
+               count["mmdit"] + count.get("connector", 0) + count.get("spatial_head", 0)) + count["vae"]
+    print(f"preset     {preset.name}, weights in {weights}, checkpoint in {checkpoint}{', LoRA merged' * ('lora' in files)}")
+    print(f"device     {device} ({reason}), {str(dtype).removeprefix('torch.')}, kernels: PyTorch")
+    print("parameters " + ", ".join(f"{part} {n / 1e6:.2f}M" for part, n in count.items())
+          + f"; at most {held * dtype.itemsize / 1e9:.2f} GB of them at a time")
+    print(f"edit       {W} x {H} pixels at {w} x {h}, {steps} steps, guidance {guidance}, seed {args.seed}, "
+          f"{'with' if use_spatial else 'without'} spatial tokens")
+    print(f"prompt     {prompt}")
+    if args.image and preset.name == "nano":
+        print("note       nano was trained on rendered scenes only; photographs need the official weights and --preset "
+              "kontext, see weights.md")
+
+    with torch.inference_mode():
+        # Encode, and free each network before the next is loaded. The autoencoder stays: it is small.
+        began = time.perf_counter()
+        t5, clip = (load_part(preset, part, weights, device, dtype) for part in ("t5", "clip"))
+        txt, pooled = encode_text(t5, clip, tokenizers, [prompt], preset)
+        del t5, clip
+        images = torch.from_numpy(resize(picture, h, w)).unsqueeze(0).to(device)  # (1, h, w, 3) uint8
+        geometry = None
+        if use_spatial:
+            vggt = load_part(preset, "vggt", weights, device, dtype)
+            geometry = encode_geometry(vggt, images, preset)
+            del vggt
+        vae = load_part(preset, "vae", weights, device, dtype)
+        cond = Condition(txt, pooled, encode_image(vae, images), geometry, grid)
+        free(device)
+        encoded = time.perf_counter()
+
+        # Denoise, and free the transformer.
+        model = load_model(preset, weights, checkpoint, device, dtype)
+        noise = make_noise(preset, grid, [args.seed]).to(device)
+        tokens, spatial = sample(model, cond, noise, steps, guidance, drop=True)
+        depth = model.spatial_head(spatial) if args.depth else None  # (1, K, packed latent)
+        queries = model.connector.grid if args.depth else 0
+        del model, cond
+        free(device)
+        denoised = time.perf_counter()
+
+        # Decode, back at the picture's own size.
+        result = resize(decode_image(vae, tokens, grid)[0].cpu().numpy(), H, W)
+        if args.depth:
+            grey = decode_image(vae, depth, (queries, queries))[0].float().mean(-1, keepdim=True)
+            depth = resize(grey.round().byte().expand(-1, -1, 3).cpu().numpy(), H, W)
+    ended = time.perf_counter()
+
+    text = {"prompt": prompt, "seed": str(args.seed), "steps": str(steps), "guidance": str(guidance),
+            "preset": preset.name, "spatial_tokens": "yes" if use_spatial else "no", "weights_sha256": sha256.result()}
+    stem = args.output.with_suffix("")
+    written = {args.output: result}
+    if args.compare or not args.image:
+        written[Path(f"{stem}_compare.png")] = side_by_side([p for p in (picture, result, truth, depth) if p is not None])
+    if args.depth:
+        written[Path(f"{stem}_depth.png")] = depth
+    for path, image in written.items():
+        save_png(path, image, text)
+    print(f"time       encode {encoded - began:.2f} s, denoise {denoised - encoded:.2f} s, decode {ended - denoised:.2f} s, "
+          f"{time.perf_counter() - START:.2f} s in all")
+    print("wrote      " + ", ".join(map(str, written)))
+
+
+def free(device: torch.device) -> None:
+    """Gives the memory of deleted networks back."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

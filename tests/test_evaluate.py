@@ -1,0 +1,86 @@
+"""The evaluation script on an editor that knows the truth. pytest tests/test_evaluate.py"""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from evaluate import AE_SOURCE, CEILING, COPY, MODEL, ROWS, SHUFFLED
+
+
+class Oracle:
+    """Knows the scenes by their pictures; obeys exactly the sentence that belongs to one, else leaves it as it is."""
+
+    def __init__(self, level, split, scenes, seed, size):
+        self.pairs = {pair.ref.tobytes(): pair for pair, _ in evaluate.scene_stream(level, split, scenes, seed, size)}
+        self.seeds = []
+        self.vggt = None
+
+    def edit(self, images, instructions, seeds, **sampling):
+        assert images.dtype == np.uint8 and len(images) == len(instructions) == len(seeds)
+        self.seeds += seeds
+        pairs = [self.pairs[image.tobytes()] for image in images]
+        return np.stack([p.tgt if p.instruction == text else p.ref for p, text in zip(pairs, instructions)])
+
+    def vae_roundtrip(self, images):
+        return np.clip(images.astype(int) + (np.indices(images.shape).sum(0) % 2 * 4 - 2), 0, 255).astype(np.uint8)
+
+
+SCENES = ("plain", "unseen", 5, 3, 64)
+
+
+def mean(rows, row, name):
+    return np.mean([v[name] for v in rows[row]])
+
+
+def test_rows_of_an_oracle():
+    values, relations, absent, shown = evaluate.evaluate(Oracle(*SCENES), *SCENES, batch=2, sheet=3)
+    assert [len(values[row]) for row in ROWS] == [5] * 5 and len(relations) == 5 and len(shown) == 3
+    for row, right in ((MODEL, 1), (CEILING, 1), (COPY, 0), (AE_SOURCE, 0), (SHUFFLED, 0)):
+        assert mean(values, row, "success") == right, row
+    assert mean(values, MODEL, "psnr") == 50 and 35 < mean(values, CEILING, "psnr") < 45
+    assert 0 <= absent <= 1
+    sheet = evaluate.contact_sheet(shown)
+    assert sheet.dtype == np.uint8 and sheet.shape[1] == 2 * (3 * 64 + 2 * 8 + 16)
+
+
+def test_batch_size_changes_nothing():
+    runs = []
+    for batch in (2, 5):
+        oracle = Oracle(*SCENES)
+        values, *_ = evaluate.evaluate(oracle, *SCENES, batch=batch, sheet=0)
+        runs.append((values, sorted(oracle.seeds)))
+    np.testing.assert_equal(*runs)
+
+
+def test_instructions_are_exchanged_and_seeds_share_no_scene():
+    stream = list(evaluate.scene_stream(*SCENES))
+    assert all(donor.seed != pair.seed for pair, donor in stream)
+    assert sorted(donor.seed for _, donor in stream) == sorted(pair.seed for pair, _ in stream)
+    other = evaluate.scene_stream("plain", "unseen", 5, 4, 64)
+    assert not {pair.seed for pair, _ in stream} & {pair.seed for pair, _ in other}
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    oracle = Oracle("plain", "seen", 2, 7, 128)
+    monkeypatch.setattr(evaluate, "load", lambda *args, **kwargs: oracle)
+    monkeypatch.setattr(sys, "argv", f"evaluate.py --split seen --scenes 2 --seed 7 --output {tmp_path}".split())
+    evaluate.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["row"] for r in results] == list(ROWS)
+    assert results[0]["metrics"]["success"] == {"mean": 1, "low": 1, "high": 1}
+    assert sum(r["scenes"] for r in results[0]["relations"].values()) == 2
+    assert Image.open(tmp_path / "sheet_seen.png").size[0] == 2 * (3 * 128 + 2 * 8 + 16)
+    assert "| success | 1.000 [1.000, 1.000] |" in capsys.readouterr().out
+
+
+def test_too_few_scenes_end_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sys, "argv", "evaluate.py --scenes 1".split())
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2
+    assert "At least 2 scenes" in capsys.readouterr().err

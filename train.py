@@ -1,0 +1,573 @@
+"""Train SpatialDiff.
+
+    python train.py --stage 1      the Connector alone, on the rendered world with the shipped miniature
+    python train.py --stage 2      LoRA, Connector and spatial head with geometry-aware supervision
+    python train.py --stage base   the miniature's own base, from nothing: autoencoder, VGGT, text encoders and MMDiT
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import scenes
+from data import SHARD, Triples, World, disparity, encode_scenes, load_images, save_png, scene_shards, side_by_side
+from model import lora
+from model.mmdit import MMDiT
+from model.spatial_head import SpatialHead
+from model.text import build_word_tokenizer
+from model.vae import AutoEncoder
+from model.weights import file_sha256, read_tensors, save_tensors, to_json
+from spatialdiff import (
+    PRESETS, Condition, Editor, Preset, SpatialDiff, build, depth_target, encode_geometry, encode_image, encode_text,
+    load, load_part, load_tokenizers, losses, make_noise, sample, sample_times, to_uint8, to_unit,
+)
+
+HERE = Path(__file__).parent
+LOG_EVERY = 50
+TIME_BINS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 1.0)  # the loss is logged in each
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one stage is optimised. Defaults: stages 1 and 2 of `kontext` (ours; the paper's notes give none)."""
+
+    steps: int = 20_000
+    batch: int = 8  # samples an optimiser step, by accumulation of `micro`
+    micro: int = 1
+    lr: float = 1e-4
+    muon_lr: float = 0.0  # matrices inside the blocks learn by Muon with this rate; 0: AdamW for everything
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: int = 500
+    decay_from: float = 1.0  # share of the steps after which the rate falls to 0.02 of itself along a cosine
+    clip: float = 1.0
+    ema: float = 0.0  # 0: off
+
+
+# The miniature's come from trials on two CPU cores.
+RECIPES = {
+    ("kontext", "1"): Recipe(steps=10_000),
+    ("kontext", "2"): Recipe(steps=20_000),
+    ("tiny", "overfit"): Recipe(1500, 16, 16, 3e-3, 0.0, (0.9, 0.98), 0.0, 50, 0.5, 1.0, 0.0),
+    ("nano", "vae"): Recipe(2500, 8, 8, 2e-3, 1e-3, (0.9, 0.98), 0.0, 50, 0.4, 1.0, 0.998),
+    ("nano", "vggt"): Recipe(1200, 16, 16, 1e-3, 2e-3, (0.9, 0.98), 0.0, 50, 0.6, 1.0, 0.99),
+    ("nano", "mmdit"): Recipe(5500, 32, 32, 1e-3, 2e-3, (0.9, 0.98), 0.02, 60, 0.6, 1.0, 0.998),
+    ("nano", "1"): Recipe(400, 32, 32, 1e-3, 0.0, (0.9, 0.99), 0.01, 40, 0.5, 1.0, 0.99),
+    ("nano", "2"): Recipe(1500, 32, 32, 1e-3, 0.0, (0.9, 0.99), 0.01, 40, 0.4, 1.0, 0.998),
+}
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (Jordan et al. 2024), for matrices and, flattened to (out, in * k * k), filters.
+
+    The update's size matches AdamW's: 0.2 * sqrt(larger side) (Moonlight). Matrices of equal shape go through the
+    Newton-Schulz iteration together.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype  # of the iteration; bf16 is enough where the device multiplies it fast
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[tuple, list] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    update = p.grad.lerp(buffer, group["momentum"]).flatten(1)  # Nesterov
+                    shapes.setdefault(tuple(update.shape), []).append((p, update))
+            for shape, entries in shapes.items():
+                updates = orthogonal(torch.stack([update for _, update in entries]).to(self.dtype)).float()
+                for (p, _), update in zip(entries, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """Approximate U V^T of the SVD of each matrix of x (n, rows, columns); coefficients as published with Muon."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + (b * s + c * s @ s) @ x
+    return x.mT if tall else x
+
+
+# ---- what is trained: a task has the modules that learn, a loss for every batch, a sheet of samples, files at the end -
+
+
+def batch_indices(count: int, batch: int, index: int, seed: int) -> Tensor:
+    """Batch number `index` of endlessly shuffled epochs over `count` samples: a function of its number alone."""
+    position = range(index * batch, (index + 1) * batch)
+    orders = {
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for epoch in {p // count for p in position}
+    }
+    return torch.stack([orders[p // count][p % count] for p in position])
+
+
+def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of the gradients of two pictures (B, C, H, W), down plus across."""
+    d = a - b
+    return (d[..., 1:, :] - d[..., :-1, :]).abs().mean() + (d[..., 1:] - d[..., :-1]).abs().mean()
+
+
+class VAETask:
+    """Base, first part: the autoencoder, on pictures and (a quarter of each batch) depth maps."""
+
+    def __init__(self, preset: Preset, shards: list[Path]):
+        self.preset = preset
+        self.images, self.depths = load_images(shards)
+        self.count = len(self.images)
+        self.vae = build(preset, "vae")
+        self.modules = nn.ModuleDict({"vae": self.vae})
+
+    def muon(self, name: str) -> bool:
+        return ".conv_in." not in name and ".conv_out." not in name
+
+    def pictures(self, indices: Tensor) -> Tensor:
+        return self.images[indices].permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def loss(self, i: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
+        quarter = len(i) // 4
+        maps = self.depths[i[:quarter], None].float().expand(-1, 3, -1, -1)
+        x = torch.cat((maps, self.pictures(i[quarter:])))
+        mean, logvar = (m.float() for m in self.vae.encode_moments(x))
+        logvar = logvar.clamp(-20, 10)
+        y = self.vae.decoder(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)).float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = (y - x).abs().mean() + 0.5 * gradient_l1(y, x) + 2 * F.mse_loss(y, x) + 1e-3 * kl
+        return loss, {"psnr": -10 * math.log10(F.mse_loss(y[quarter:], x[quarter:]).item() / 4), "kl": kl.item()}
+
+    @torch.no_grad()
+    def sheet(self) -> Tensor:
+        x = self.pictures(torch.arange(6))
+        y = self.vae.decoder(self.vae.encode_moments(x)[0])
+        return torch.cat((to_uint8(x), to_uint8(y)), dim=1)
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        """Latents get unit scale first: the factor goes into the two layers beside the latent."""
+        parts = self.pictures(torch.arange(256)).split(16)
+        std = torch.cat([self.vae.encode_moments(part)[0] for part in parts]).std()
+        z = self.preset.vae.z_channels
+        self.vae.encoder.conv_out.weight[:z] /= std
+        self.vae.encoder.conv_out.bias[:z] /= std
+        self.vae.decoder.conv_in.weight *= std
+        save_part(folder, "vae", self.vae)
+
+
+class VGGTTask:
+    """Base, second part: the small VGGT learns log depth through a linear head that is thrown away."""
+
+    def __init__(self, preset: Preset, shards: list[Path]):
+        self.images, self.depths = load_images(shards, raw_depth=True)
+        self.count = len(self.images)
+        self.patch = preset.vggt.vit.patch_size
+        self.vggt = build(preset, "vggt")
+        self.head = nn.Sequential(nn.LayerNorm(preset.vggt.out_width), nn.Linear(preset.vggt.out_width, self.patch**2))
+        self.modules = nn.ModuleDict({"vggt": self.vggt, "head": self.head})
+
+    def muon(self, name: str) -> bool:
+        return "blocks" in name
+
+    def predict(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted and true log depth (B, 1, H, W)."""
+        x = to_unit(self.images[i])
+        (tokens,), start = self.vggt(x)
+        patches = self.head(tokens[:, 0, start:].float())  # (B, P, patch^2)
+        predicted = F.fold(patches.mT.float(), x.shape[-2:], self.patch, stride=self.patch) + 2.0  # e^2: a mean depth
+        return predicted, self.depths[i, None].float().log()
+
+    def loss(self, i: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
+        predicted, truth = self.predict(i)
+        loss = (predicted - truth).abs().mean() + 0.5 * gradient_l1(predicted, truth)
+        return loss, {"absrel": ((predicted - truth).exp() - 1).abs().mean().item()}
+
+    @torch.no_grad()
+    def sheet(self) -> Tensor:
+        depth = torch.cat(self.predict(torch.arange(6)), dim=2)
+        return to_uint8((2.0 - depth).expand(-1, 3, -1, -1))
+
+    def save(self, folder: Path) -> None:
+        save_part(folder, "vggt", self.vggt)
+
+
+class FlowTask:
+    """The edit itself. What learns: base: text encoders and MMDiT; stage 1: the Connector; stage 2: LoRA, Connector and
+    spatial head; overfit: everything."""
+
+    def __init__(self, editor: Editor, triples: Triples, stage: str, watch: list[scenes.Pair]):
+        self.editor, self.triples, self.stage, self.watch = editor, triples, stage, watch
+        self.count = len(triples.target)
+        side = round(triples.reference.shape[1] ** 0.5)
+        self.grid = (side, side)
+        model, preset = editor.model, editor.preset
+        parts = {"t5": editor.t5, "clip": editor.clip, "mmdit": model.mmdit}
+        spatial = {"connector": model.connector, "spatial_head": model.spatial_head}
+        if triples.geometry is None:
+            spatial = {}
+        elif triples.depth is None:
+            del spatial["spatial_head"]
+        else:
+            model.spatial_head.start_at(triples.depth.float().mean(dim=(0, 1)))
+        if stage == "1":
+            parts = {}
+        elif stage == "2":
+            parts = {"mmdit": model.mmdit}
+        if stage != "base":
+            parts |= spatial
+        self.modules = nn.ModuleDict(parts).requires_grad_(True)
+        if stage == "2":
+            lora.inject(model.mmdit, preset.lora_rank, preset.lora_alpha)
+
+    def muon(self, name: str) -> bool:
+        return (".layers." in name or "block" in name) and not any(k in name for k in ("mod.lin", "modulation", "bias"))
+
+    def loss(self, i: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
+        triples, editor = self.triples, self.editor
+        with torch.set_grad_enabled("t5" in self.modules):
+            prompts = [triples.instructions[k] for k in i.tolist()]
+            txt, pooled = encode_text(editor.t5, editor.clip, editor.tokenizers, prompts, editor.preset)
+        root = triples.root[i]
+        geometry = None if triples.geometry is None else triples.geometry[root].float()
+        cond = Condition(txt, pooled, triples.reference[root].float(), geometry, self.grid)
+        target = triples.target[i].float()
+        noise = torch.randn(target.shape, generator=generator)
+        t = sample_times(editor.preset, len(i), target.shape[1], generator)
+        depth = None if triples.depth is None else triples.depth[i].float()
+        flow, gss = losses(editor.model, cond, target, noise, t, depth)
+        logs = {"flow": flow.mean().item()} | ({} if depth is None else {"gss": gss.item()})
+        for low, high in zip(TIME_BINS, TIME_BINS[1:]):
+            inside = flow.detach()[(t > low) & (t <= high)]
+            logs[f"{low}<t<{high}"] = inside.mean().item() if len(inside) else None
+        return flow.mean() + editor.preset.gss_weight * gss, logs
+
+    def sheet(self) -> Tensor:
+        """Rows: reference, edit, truth."""
+        ref, tgt = (torch.from_numpy(np.stack([getattr(p, name) for p in self.watch])) for name in ("ref", "tgt"))
+        edit = self.editor.edit(ref, [p.instruction for p in self.watch], [p.seed for p in self.watch])
+        return torch.cat((ref, torch.from_numpy(edit), tgt), dim=1)
+
+    def save(self, folder: Path) -> None:
+        facts = {"preset": self.editor.preset.name, "stage": self.stage}
+        for name, module in self.modules.items():
+            if name == "mmdit" and self.stage == "2":
+                lora.save(module, folder / "lora.safetensors", facts)
+            else:
+                save_part(folder, name, module, facts)
+
+
+def save_part(folder: Path, part: str, module: nn.Module, metadata: dict[str, str] | None = None) -> None:
+    save_tensors(folder / f"{part}.safetensors", {k: v.bfloat16() for k, v in module.state_dict().items()}, metadata)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """Factor on the learning rates: linear warm-up, constant, cosine to 0.02 from `decay_from` of the steps."""
+    start = recipe.decay_from * recipe.steps
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    if step <= start:
+        return 1.0
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - start) / (recipe.steps - start)))
+
+
+def optimizers(task, params: dict[str, nn.Parameter], recipe: Recipe, amp: bool) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in params.items() if recipe.muon_lr and p.ndim >= 2 and task.muon(n)]
+    others = [p for p in params.values() if all(p is not m for m in matrices)]
+    made = [torch.optim.AdamW(others, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay)]
+    if matrices:
+        made.append(Muon(matrices, recipe.muon_lr, 0.95, recipe.weight_decay, torch.bfloat16 if amp else torch.float32))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return made
+
+
+def save_checkpoint(path: Path, step: int, facts: dict, params: dict, ema: dict, opts: list) -> None:
+    tensors = {f"param.{n}": p for n, p in params.items()} | {f"ema.{n}": p for n, p in ema.items()}
+    for o, optimizer in enumerate(opts):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"opt.{o}.{i}.{key}": value for key, value in state.items()}
+    save_tensors(path, tensors, {"step": str(step), "facts": to_json(facts)})
+
+
+def load_checkpoint(path: Path, facts: dict, params: dict, ema: dict, opts: list) -> int:
+    """Restores everything, bit for bit; returns the steps done. ValueError if the run was started differently."""
+    tensors, metadata = read_tensors(path)
+    if metadata.get("facts") != to_json(facts):
+        raise ValueError(
+            f"{path} belongs to another run ({metadata.get('facts')}), this one is {to_json(facts)}. "
+            "Give the same options, or another --output."
+        )
+    with torch.no_grad():
+        for prefix, group in (("param", params), ("ema", ema)):
+            for name, tensor in group.items():
+                tensor.copy_(tensors[f"{prefix}.{name}"])
+    for o, optimizer in enumerate(opts):
+        state: dict[int, dict] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"opt.{o}."):
+                _, _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])
+
+
+@torch.no_grad()
+def swap(params: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
+    for name, average in ema.items():
+        average_was = average.clone()
+        average.copy_(params[name])
+        params[name].copy_(average_was)
+
+
+def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace) -> None:
+    """Trains `task.modules`; writes log, sheets and checkpoints to `out`, and its parts at the end."""
+    params = {n: p for n, p in task.modules.named_parameters() if p.requires_grad}
+    ema = {n: p.detach().clone() for n, p in params.items()} if recipe.ema else {}
+    opts = optimizers(task, params, recipe, args.amp)
+    checkpoint = out / "checkpoint.safetensors"
+    done = load_checkpoint(checkpoint, facts, params, ema, opts) if args.resume and checkpoint.is_file() else 0
+    out.mkdir(parents=True, exist_ok=True)
+    log = open(out / "log.jsonl", "a" if done else "w")
+    accumulate = recipe.batch // recipe.micro
+    window, began = [], time.time()
+
+    for step in range(done, recipe.steps):
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * rate(recipe, step)
+        for micro in range(accumulate):
+            number = step * accumulate + micro  # data order, noise and times depend on this alone: resuming is exact
+            generator = torch.Generator().manual_seed(args.seed * 1_000_000_007 + number)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                loss, facts_of_batch = task.loss(batch_indices(task.count, recipe.micro, number, args.seed), generator)
+            (loss / accumulate).backward()
+            window.append({"loss": loss.item(), **facts_of_batch})
+        torch.nn.utils.clip_grad_norm_(params.values(), recipe.clip)
+        for optimizer in opts:
+            optimizer.step()
+            optimizer.zero_grad()
+        if ema:
+            beta = min(recipe.ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - beta)
+
+        last = step + 1 == recipe.steps
+        if (step + 1) % LOG_EVERY == 0 or last:
+            means = {key: mean([w[key] for w in window if w.get(key) is not None]) for key in window[-1]}
+            seconds = time.time() - began
+            log.write(json.dumps({"step": step + 1, "seconds": round(seconds, 1), **means}) + "\n")
+            log.flush()
+            left = seconds / (step + 1 - done) * (recipe.steps - step - 1)
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in means.items() if value is not None and "<" not in key)
+            print(f"step {step + 1}/{recipe.steps}  {shown}  {seconds / (step + 1 - done):.2f} s/step  {left / 60:.1f} min left")
+            window = []
+        if (step + 1) % args.save_every == 0 or last:
+            save_checkpoint(checkpoint, step + 1, facts, params, ema, opts)
+            swap(params, ema)
+            task.modules.eval()
+            save_png(out / f"sheet-{step + 1:06}.png", grid_of(task.sheet()))
+            task.modules.train()
+            swap(params, ema)
+    swap(params, ema)  # the averages are the result
+    task.modules.eval()
+
+
+def mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def grid_of(pictures: Tensor):
+    """Pictures (B, H, W, 3) side by side."""
+    return side_by_side(list(pictures.numpy()))
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to train").add_argument
+    what("--stage", choices=("base", "1", "2"))
+    what("--part", choices=("vae", "vggt", "mmdit"), help="of stage base, this part only (default: all, in this order)")
+    what("--preset", default="nano", choices=("nano", "tiny"), help="sizes (default nano)")
+    what("--overfit", action="store_true", help="instead: learn one pair by heart, a check of the whole method (a minute)")
+    what("--no-ism", action="store_true", help="stage 2 without spatial tokens: LoRA alone (the paper's ablation)")
+    what("--gss", default="lds", choices=("lds", "eds", "none"), help="depth supervision: latent (paper), pixels, none")
+    what("--lambda", dest="gss_weight", type=float, help="weight of the depth supervision (paper: 0.01)")
+    files = parser.add_argument_group("files").add_argument
+    files("--weights", type=Path, help="folder of the frozen parts (default weights/PRESET)")
+    files("--checkpoint", type=Path, help="stage 2: folder of stage 1's Connector (default weights/PRESET/stage1)")
+    files("--output", type=Path, help="log, sheets, checkpoint and the trained parts (default runs/STAGE)")
+    files("--cache", type=Path, default=Path("runs/cache"), help="rendered scenes and their encodings")
+    files("--resume", action="store_true", help="go on from the checkpoint in --output, bit for bit")
+    data = parser.add_argument_group("data").add_argument
+    data("--data", default="scenes", metavar="scenes", help="the rendered world; files of triples come later")
+    data("--level", default="plain", choices=scenes.LEVELS, help="difficulty of the rendered scenes")
+    data("--shards", type=int, default=32, help=f"rendered files of {SHARD} scenes (default 32)")
+    loop = parser.add_argument_group("optimisation").add_argument
+    loop("--steps", type=int, help="optimiser steps (default: the recipe's)")
+    loop("--batch", type=int, help="samples an optimiser step")
+    loop("--micro", type=int, help="samples a forward pass; gradients are accumulated to --batch")
+    loop("--seed", type=int, default=0)
+    loop("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
+    loop("--compile", action="store_true", help="torch.compile the transformer's blocks (needs a C++ compiler)")
+    loop("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    loop("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and sample sheet")
+    args = parser.parse_args()
+    if not (args.stage or args.overfit):
+        parser.error("say what to train: --stage base, --stage 1, --stage 2 or --overfit")
+    if args.data != "scenes":
+        parser.error(f"--data {args.data}: only the rendered world (scenes) can be trained on so far.")
+    args.weights = args.weights or HERE / "weights" / args.preset
+    args.checkpoint = args.checkpoint or args.weights / "stage1"
+    if args.overfit:
+        args.stage, args.preset = "overfit", "tiny"
+    args.output = args.output or Path("runs") / {"1": "stage1", "2": "stage2"}.get(args.stage, args.stage)
+    args.ism = args.stage != "base" and not args.no_ism
+    if args.stage in ("base", "1") or args.no_ism:
+        args.gss = "none"
+    args.amp = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return args
+
+
+def init_base(mmdit: MMDiT) -> None:
+    """Fresh weights to train from nothing. Important: every block starts as the identity (adaLN-Zero, DiT)."""
+    for name, p in mmdit.named_parameters():
+        if name.endswith(("mod.lin.weight", "modulation.lin.weight", "adaLN_modulation.1.weight", "final_layer.linear.weight")):
+            nn.init.zeros_(p)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.ndim == 2:
+            nn.init.xavier_uniform_(p)
+
+
+def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path) -> Editor:
+    """Fresh text encoders and a fresh MMDiT around an autoencoder; writes the word-level tokenizer to `folder`."""
+    build_word_tokenizer(scenes.VOCABULARY).save(str(folder / "tokenizer.json"))
+    model = SpatialDiff(preset)
+    init_base(model.mmdit)
+    return Editor(preset, vae, build(preset, "t5"), build(preset, "clip"), None, load_tokenizers(folder), model)
+
+
+def stage_editor(preset: Preset, args: argparse.Namespace) -> Editor:
+    """The base's parts; stage 1 starts a Connector, stage 2 takes stage 1's and starts a spatial head."""
+    if args.stage == "2" and args.ism and not (args.checkpoint / "connector.safetensors").is_file():
+        raise FileNotFoundError(f"Stage 2 starts from stage 1's Connector, expected {args.checkpoint}/connector.safetensors.")
+    editor = load(preset, args.weights, args.checkpoint if args.stage == "2" and args.ism else None)
+    if args.ism:
+        editor.vggt = load_part(preset, "vggt", args.weights)
+        editor.model.connector = editor.model.connector or build(preset, "connector")
+        out_dim = 256 if args.gss == "eds" else preset.spatial_head.out_dim
+        editor.model.spatial_head = SpatialHead(replace(preset.spatial_head, out_dim=out_dim))
+    return editor
+
+
+def facts_at_start(task, recipe: Recipe, args: argparse.Namespace) -> None:
+    def count(parameters) -> str:
+        return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
+
+    precision = "bf16 autocast" if args.amp else "fp32 (this CPU has no bf16 matrix instructions)"
+    print(f"device      {args.device}, {torch.get_num_threads()} threads, {precision}; kernels: PyTorch")
+    for name, module in task.modules.items():
+        learned = [p for p in module.parameters() if p.requires_grad]
+        print(f"{name:11} {count(module.parameters())} parameters, {count(learned)} learned")
+    print(f"data        {task.count} samples; batch {recipe.batch} as {recipe.batch // recipe.micro} x {recipe.micro}")
+    print(f"recipe      {recipe.steps} steps, lr {recipe.lr}" + (f", Muon {recipe.muon_lr}" if recipe.muon_lr else ""))
+    print(f"output      {args.output}")
+
+
+def main() -> None:
+    args = parse()
+    torch.manual_seed(args.seed)
+    preset = PRESETS[args.preset]
+    if args.gss_weight is not None:
+        preset = replace(preset, gss_weight=args.gss_weight)
+    if args.overfit:
+        return overfit(preset, args)
+    world = World(args.level, preset.side, shards=args.shards)
+    shards = scene_shards(world, args.cache)
+    parts = (args.part,) if args.part else ("vae", "vggt", "mmdit") if args.stage == "base" else (args.stage,)
+    for part in parts:
+        recipe = RECIPES.get((preset.name, part)) or RECIPES["nano", part]
+        given = {name: getattr(args, name) for name in ("steps", "batch", "micro") if getattr(args, name)}
+        recipe = replace(recipe, **{"micro": min(recipe.micro, args.batch or recipe.micro)} | given)
+        out = args.output / part if args.stage == "base" else args.output
+        args.output.mkdir(parents=True, exist_ok=True)
+        if part in ("vae", "vggt"):
+            task = {"vae": VAETask, "vggt": VGGTTask}[part](preset, shards[:24])
+        else:
+            task = flow_task(preset, part, shards, args)
+        facts_at_start(task, recipe, args)
+        facts = {"part": part, "preset": preset.name, "seed": args.seed, "gss": args.gss, "ism": args.ism, "recipe": str(recipe)}
+        train(task, recipe, out, facts, args)
+        task.save(args.output)
+
+
+def flow_task(preset: Preset, part: str, shards: list[Path], args: argparse.Namespace) -> FlowTask:
+    if part == "mmdit":
+        editor, folder = fresh_editor(preset, load_part(preset, "vae", args.output), args.output), args.output
+    else:
+        editor, folder = stage_editor(preset, args), args.weights
+    kinds = ("move",) if part in "12" else ("move", "recolour", "remove", "add", "identity")
+    names = ["vae"] + ["vggt"] * (editor.vggt is not None)
+    key = "-".join([file_sha256(folder / f"{name}.safetensors")[:8] for name in names] + [args.gss, str(len(kinds)), "bf16" if args.amp else "fp32"])
+    triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, key)
+    watch = [scenes.make_pair(scenes.SPLITS["unseen"][i], args.level, "unseen", preset.side, extras=False) for i in range(8)]
+    task = FlowTask(editor, triples, "base" if part == "mmdit" else part, watch)
+    editor.model.mmdit.checkpoint_blocks = args.recompute
+    if args.compile:
+        for block in editor.model.mmdit.layers():
+            block.compile()
+    return task
+
+
+def overfit(preset: Preset, args: argparse.Namespace) -> None:
+    """Trains everything on one rendered pair until sampling returns its target; exits with 1 if it does not."""
+    pair = scenes.make_pair(args.seed, args.level, "seen", preset.side, extras=False)
+    args.output.mkdir(parents=True, exist_ok=True)
+    editor = fresh_editor(preset, build(preset, "vae"), args.output)
+    editor.vggt = build(preset, "vggt").eval()
+    ref, tgt = torch.from_numpy(pair.ref)[None], torch.from_numpy(pair.tgt)[None]
+    with torch.no_grad():
+        maps = disparity(torch.from_numpy(pair.tgt_depth)[None])
+        depth = depth_target(editor.vae, maps, editor.model.connector.grid, "lds")
+        triples = Triples(
+            encode_image(editor.vae, ref), encode_image(editor.vae, tgt), torch.zeros(1, dtype=torch.long),
+            [pair.instruction], encode_geometry(editor.vggt, ref, preset), depth,
+        )
+    task = FlowTask(editor, triples, "overfit", [pair])
+    recipe = replace(RECIPES["tiny", "overfit"], steps=args.steps or RECIPES["tiny", "overfit"].steps)
+    facts_at_start(task, recipe, args)
+    train(task, recipe, args.output, {"stage": "overfit", "recipe": str(recipe), "seed": args.seed}, args)
+    cond = editor.condition(ref, [pair.instruction])
+    tokens, _ = sample(editor.model, cond, make_noise(preset, cond.grid, [1]), preset.steps, preset.guidance_train)
+    error = ((tokens - triples.target).norm() / triples.target.norm()).item()
+    print(f"sampled latent: {error:.2%} from the target's (relative L2); at most 5% was expected")
+    sys.exit(error > 0.05)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
