@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
 
 import scenes
 from model.weights import read_tensors, save_tensors, to_json
@@ -169,31 +170,40 @@ class Triples:
     depth: torch.Tensor | None = None  # (E, K, head width): what the spatial head must say
 
 
-def encode_scenes(shards: list[Path], vae, vggt, preset, gss: str, kinds: tuple[str, ...], amp: bool, key: str) -> Triples:
-    """Triples of the shards' edits of these kinds. Encodings are kept beside each shard under `key`, which must name
-    the networks' weights and all these choices. vggt None: no geometry; gss "none": no depth."""
-    parts, rows = [], 0
+def encode_scenes(shards: list[Path], vae, vggt, preset, gss: str, kinds: tuple[str, ...], amp: bool, hashes: dict) -> Triples:
+    """Triples of the shards' edits of these kinds.
+
+    vggt None: no geometry; gss "none": no depth. Encodings are kept beside each shard, one file for each network, named
+    by the hash of its weights (`hashes`: part -> hash), so that every stage finds what another one has made.
+    """
+    grid, precision = round(preset.connector.queries**0.5), "bf16" if amp else "fp32"
+    wanted = {"reference": (f"{hashes['vae']}-reference", "ref", lambda x: encode_image(vae, x))}
+    wanted["target"] = (f"{hashes['vae']}-target", "tgt", lambda x: encode_image(vae, x))
+    if vggt is not None:
+        wanted["geometry"] = (f"{hashes['vggt']}-geometry", "ref", lambda x: encode_geometry(vggt, x, preset))
+    if gss != "none":
+        encode_depth = lambda depths: depth_target(vae, disparity(depths.cpu()).to(depths.device), grid, gss)
+        wanted["depth"] = (f"{hashes['vae']}-{gss}{grid}", "tgt_depth", encode_depth)
+
+    device, rows, parts, instructions = next(vae.parameters()).device, 0, [], []
     for n, path in enumerate(shards):
-        kept = path.with_name(f"{path.stem}.{key}.safetensors")
-        if not kept.is_file():
-            tensors, metadata = read_tensors(path)
-            edits = [i for i, edit in enumerate(json.loads(metadata["edits"])) if edit[0] in kinds]
-            out = {"root": tensors["root"][edits]}
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                encode = lambda images: torch.cat([encode_image(vae, part) for part in images.split(16)]).half()
-                out["reference"], out["target"] = encode(tensors["ref"]), encode(tensors["tgt"][edits])
-                if vggt is not None:
-                    geometry = [encode_geometry(vggt, part, preset) for part in tensors["ref"].split(32)]
-                    out["geometry"] = torch.cat(geometry).half()
-                if gss != "none":
-                    grid = round(preset.connector.queries**0.5)
-                    maps = disparity(tensors["tgt_depth"][edits]).split(8)
-                    out["depth"] = torch.cat([depth_target(vae, part, grid, gss) for part in maps]).half()
-            instructions = [json.loads(metadata["edits"])[i][2] for i in edits]
-            save_tensors(kept, out, {"instructions": to_json(instructions)})
-            print(f"\rencoding: {n + 1} of {len(shards)} files ", end="" if n + 1 < len(shards) else "\n", flush=True)
-        tensors, metadata = read_tensors(kept)
-        parts.append((tensors | {"root": tensors["root"] + rows}, json.loads(metadata["instructions"])))
-        rows += len(tensors["reference"])
-    joined = {name: torch.cat([tensors[name] for tensors, _ in parts]) for name in parts[0][0]}
-    return Triples(instructions=[text for _, texts in parts for text in texts], **joined)
+        raw, part = None, {}
+        for name, (key, source, encode) in wanted.items():
+            kept = path.with_name(f"{path.stem}.{key}-{precision}.safetensors")
+            if not kept.is_file():
+                raw = raw or read_tensors(path)[0]
+                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    pieces = [encode(piece.to(device)).half().cpu() for piece in raw[source].split(16)]
+                save_tensors(kept, {name: torch.cat(pieces)})
+            part |= read_tensors(kept)[0]
+        if raw:
+            print(f"\rencoding: {n + 1} of {len(shards)} files ", end="", flush=True)
+        with safe_open(path, "pt") as file:
+            edits, root = json.loads(file.metadata()["edits"]), file.get_tensor("root")
+        chosen = [i for i, (kind, _, _) in enumerate(edits) if kind in kinds]
+        part |= {name: part[name][chosen] for name in ("target", "depth") if name in part}
+        parts.append(part | {"root": root[chosen] + rows})
+        instructions += [edits[i][2] for i in chosen]
+        rows += len(part["reference"])
+    print()
+    return Triples(instructions=instructions, **{name: torch.cat([p[name] for p in parts]) for name in parts[0]})

@@ -16,13 +16,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import save_png, side_by_side
 from evaluation import metrics
 from scenes import LEVELS, RELATIONS, make_pair
-from spatialdiff import PRESETS, default_folders, load
+from spatialdiff import PRESETS, choose_device, default_folders, load
 
 MODEL, CEILING, COPY, AE_SOURCE, SHUFFLED = ROWS = (
     "model", "autoencoder(target)", "source copy", "autoencoder(source)", "shuffled instructions")
@@ -126,8 +125,8 @@ def main() -> None:
     model.add_argument("--no-ism", action="store_true", help="without spatial tokens")
     model.add_argument("--steps", type=int, help="Euler steps; default: the preset's")
     model.add_argument("--guidance", type=float, help="default: the preset's")
-    model.add_argument("--device", default="cpu")
-    model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    model.add_argument("--device", help="default: cuda if there is one, else cpu")
+    model.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU, float32 on a CPU")
     run = parser.add_argument_group("run")
     run.add_argument("--batch", type=int, default=32, help="scenes edited at once; changes speed and memory, not results")
     run.add_argument("--sheet", type=int, default=20, help="edits on the contact sheet")
@@ -149,8 +148,9 @@ def run_evaluation(args: argparse.Namespace) -> None:
     weights, checkpoint = default_folders(preset, args.weights, args.checkpoint)
     sampling = {"steps": args.steps or preset.steps,
                 "guidance": preset.guidance_sample if args.guidance is None else args.guidance}
-    model = load(preset, weights, checkpoint, args.device, getattr(torch, args.dtype), not args.no_ism)
-    print(f"{args.preset} of {checkpoint} on {args.device}, {args.dtype}, {sampling['steps']} steps, "
+    device, dtype, reason = choose_device(args.device, args.dtype)
+    model = load(preset, weights, checkpoint, device, dtype, not args.no_ism)
+    print(f"{args.preset} of {checkpoint} on {device} ({reason}), {str(dtype)[6:]}, {sampling['steps']} steps, "
           f"guidance {sampling['guidance']}, {'without' if model.vggt is None else 'with'} spatial tokens")
     results = []
     for split in ("seen", "unseen") if args.split == "both" else (args.split,):

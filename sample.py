@@ -24,11 +24,9 @@ from data import open_image, resize, save_png, side_by_side, working_size
 from model.text import unknown_words
 from model.weights import file_sha256
 from spatialdiff import (
-    PRESETS, Condition, build, decode_image, default_folders, encode_geometry, encode_image, encode_text, load_model, load_part,
-    load_tokenizers, make_noise, sample,
+    PRESETS, Condition, build, choose_device, decode_image, default_folders, encode_geometry, encode_image, encode_text,
+    load_model, load_part, load_tokenizers, make_noise, sample,
 )
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def parse() -> argparse.Namespace:
@@ -53,23 +51,6 @@ def parse() -> argparse.Namespace:
     output.add_argument("--depth", action="store_true",
                         help="also OUTPUT_depth.png: depth decoded from the spatial tokens of the last step, near is bright")
     return parser.parse_args()
-
-
-def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype, str]:
-    """Device, dtype and the reason for them. ValueError, in a sentence, for what is not there or not supported."""
-    if name is None:
-        name, reason = ("cuda", "CUDA found") if torch.cuda.is_available() else ("cpu", "no CUDA device found")
-    else:
-        reason = "as asked"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"Device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu.") from None
-    if dtype in ("float16", "fp16", "half"):
-        raise ValueError("float16 overflows in T5 and in the transformer; choose --dtype bfloat16 or float32.")
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype}.")
-    return device, DTYPES[dtype or ("float32" if device.type == "cpu" else "bfloat16")], reason
 
 
 def weight_files(weights: Path, checkpoint: Path, explicit: bool) -> dict[str, Path]:

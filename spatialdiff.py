@@ -73,7 +73,7 @@ PRESETS = {
         t5=T5Config(vocabulary=160, width=128, depth=3, heads=4, head_dim=32, mlp_hidden=256, max_distance=24),
         clip=CLIPConfig(vocabulary=160, length=24, width=128, depth=2, heads=4, mlp_hidden=512, eos_token_id=1),
         vggt=VGGTConfig(ViTConfig(128, 16, 96, 2, 3, registers=2), depth=2, heads=3, registers=2, layer_scale=1.0),
-        connector=ConnectorConfig(in_dim=192, out_dim=192, width=192, heads=6, depth=2, queries=64),
+        connector=ConnectorConfig(in_dim=192, out_dim=192, width=192, heads=6, depth=2, queries=64, mlp_ratio=1.0),
         spatial_head=SpatialHeadConfig(dim=192),
         t5_length=24,
         clip_length=24,
@@ -103,6 +103,8 @@ PRESETS = {
         lora_alpha=4.0,
     ),
 }
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 PARTS = {
     "vae": AutoEncoder,
@@ -311,6 +313,23 @@ def default_folders(preset: Preset, weights: Path | None, checkpoint: Path | Non
     """Folders of the frozen networks and of what SpatialDiff trained: weights/<preset> and its stage2, if not given."""
     weights = weights or Path(__file__).parent / "weights" / preset.name
     return weights, checkpoint or weights / "stage2"
+
+
+def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype, str]:
+    """Device, dtype and the reason for them. ValueError, in a sentence, for what is not there or not supported."""
+    if name is None:
+        name, reason = ("cuda", "CUDA found") if torch.cuda.is_available() else ("cpu", "no CUDA device found")
+    else:
+        reason = "as asked"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"Device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu.") from None
+    if dtype in ("float16", "fp16", "half"):
+        raise ValueError("float16 overflows in T5 and in the transformer; choose --dtype bfloat16 or float32.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype}.")
+    return device, DTYPES[dtype or ("float32" if device.type == "cpu" else "bfloat16")], reason
 
 
 def load_part(preset: Preset, part: str, folder: Path, device="cpu", dtype: torch.dtype | None = None) -> nn.Module:

@@ -8,7 +8,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from model.text import build_word_tokenizer
 from model.vae import AutoEncoder
 from model.weights import file_sha256, read_tensors, save_tensors, to_json
 from spatialdiff import (
-    PRESETS, Condition, Editor, Preset, SpatialDiff, build, depth_target, encode_geometry, encode_image, encode_text,
+    PRESETS, Condition, Editor, Preset, SpatialDiff, build, choose_device, depth_target, encode_geometry, encode_image, encode_text,
     load, load_part, load_tokenizers, losses, make_noise, sample, sample_times, to_uint8, to_unit,
 )
 
@@ -62,8 +61,8 @@ RECIPES = {
     ("nano", "vae"): Recipe(2500, 8, 8, 2e-3, 1e-3, (0.9, 0.98), 0.0, 50, 0.4, 1.0, 0.998),
     ("nano", "vggt"): Recipe(1200, 16, 16, 1e-3, 2e-3, (0.9, 0.98), 0.0, 50, 0.6, 1.0, 0.99),
     ("nano", "mmdit"): Recipe(5500, 32, 32, 1e-3, 2e-3, (0.9, 0.98), 0.02, 60, 0.6, 1.0, 0.998),
-    ("nano", "1"): Recipe(400, 32, 32, 1e-3, 0.0, (0.9, 0.99), 0.01, 40, 0.5, 1.0, 0.99),
-    ("nano", "2"): Recipe(1500, 32, 32, 1e-3, 0.0, (0.9, 0.99), 0.01, 40, 0.4, 1.0, 0.998),
+    ("nano", "1"): Recipe(300, 32, 32, 1e-3, 0.0, (0.9, 0.99), 0.01, 40, 0.5, 1.0, 0.99),
+    ("nano", "2"): Recipe(1200, 32, 32, 1e-3, 0.0, (0.9, 0.99), 0.01, 40, 0.4, 1.0, 0.998),
 }
 
 
@@ -129,26 +128,27 @@ def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
 class VAETask:
     """Base, first part: the autoencoder, on pictures and (a quarter of each batch) depth maps."""
 
-    def __init__(self, preset: Preset, shards: list[Path]):
-        self.preset = preset
+    def __init__(self, preset: Preset, shards: list[Path], device: torch.device):
+        self.preset, self.device = preset, device
         self.images, self.depths = load_images(shards)
         self.count = len(self.images)
-        self.vae = build(preset, "vae")
+        self.vae = build(preset, "vae", device)
         self.modules = nn.ModuleDict({"vae": self.vae})
 
     def muon(self, name: str) -> bool:
         return ".conv_in." not in name and ".conv_out." not in name
 
     def pictures(self, indices: Tensor) -> Tensor:
-        return self.images[indices].permute(0, 3, 1, 2).float() / 127.5 - 1
+        return to_unit(self.images[indices].to(self.device)) * 2 - 1
 
     def loss(self, i: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
         quarter = len(i) // 4
-        maps = self.depths[i[:quarter], None].float().expand(-1, 3, -1, -1)
+        maps = self.depths[i[:quarter], None].to(self.device).float().expand(-1, 3, -1, -1)
         x = torch.cat((maps, self.pictures(i[quarter:])))
         mean, logvar = (m.float() for m in self.vae.encode_moments(x))
         logvar = logvar.clamp(-20, 10)
-        y = self.vae.decoder(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)).float()
+        noise = torch.randn(mean.shape, generator=generator).to(self.device)
+        y = self.vae.decoder(mean + (0.5 * logvar).exp() * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = (y - x).abs().mean() + 0.5 * gradient_l1(y, x) + 2 * F.mse_loss(y, x) + 1e-3 * kl
         return loss, {"psnr": -10 * math.log10(F.mse_loss(y[quarter:], x[quarter:]).item() / 4), "kl": kl.item()}
@@ -174,12 +174,14 @@ class VAETask:
 class VGGTTask:
     """Base, second part: the small VGGT learns log depth through a linear head that is thrown away."""
 
-    def __init__(self, preset: Preset, shards: list[Path]):
+    def __init__(self, preset: Preset, shards: list[Path], device: torch.device):
+        self.device = device
         self.images, self.depths = load_images(shards, raw_depth=True)
         self.count = len(self.images)
         self.patch = preset.vggt.vit.patch_size
-        self.vggt = build(preset, "vggt")
+        self.vggt = build(preset, "vggt", device)
         self.head = nn.Sequential(nn.LayerNorm(preset.vggt.out_width), nn.Linear(preset.vggt.out_width, self.patch**2))
+        self.head.to(device)
         self.modules = nn.ModuleDict({"vggt": self.vggt, "head": self.head})
 
     def muon(self, name: str) -> bool:
@@ -187,11 +189,11 @@ class VGGTTask:
 
     def predict(self, i: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted and true log depth (B, 1, H, W)."""
-        x = to_unit(self.images[i])
+        x = to_unit(self.images[i].to(self.device))
         (tokens,), start = self.vggt(x)
         patches = self.head(tokens[:, 0, start:].float())  # (B, P, patch^2)
         predicted = F.fold(patches.mT.float(), x.shape[-2:], self.patch, stride=self.patch) + 2.0  # e^2: a mean depth
-        return predicted, self.depths[i, None].float().log()
+        return predicted, self.depths[i, None].to(self.device).float().log()
 
     def loss(self, i: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
         predicted, truth = self.predict(i)
@@ -213,7 +215,7 @@ class FlowTask:
 
     def __init__(self, editor: Editor, triples: Triples, stage: str, watch: list[scenes.Pair]):
         self.editor, self.triples, self.stage, self.watch = editor, triples, stage, watch
-        self.count = len(triples.target)
+        self.count, self.device = len(triples.target), editor.t5.shared.weight.device
         side = round(triples.reference.shape[1] ** 0.5)
         self.grid = (side, side)
         model, preset = editor.model, editor.preset
@@ -239,17 +241,17 @@ class FlowTask:
         return (".layers." in name or "block" in name) and not any(k in name for k in ("mod.lin", "modulation", "bias"))
 
     def loss(self, i: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
-        triples, editor = self.triples, self.editor
+        triples, editor, device = self.triples, self.editor, self.device
         with torch.set_grad_enabled("t5" in self.modules):
             prompts = [triples.instructions[k] for k in i.tolist()]
             txt, pooled = encode_text(editor.t5, editor.clip, editor.tokenizers, prompts, editor.preset)
         root = triples.root[i]
-        geometry = None if triples.geometry is None else triples.geometry[root].float()
-        cond = Condition(txt, pooled, triples.reference[root].float(), geometry, self.grid)
-        target = triples.target[i].float()
-        noise = torch.randn(target.shape, generator=generator)
-        t = sample_times(editor.preset, len(i), target.shape[1], generator)
-        depth = None if triples.depth is None else triples.depth[i].float()
+        geometry = None if triples.geometry is None else triples.geometry[root].to(device).float()
+        cond = Condition(txt, pooled, triples.reference[root].to(device).float(), geometry, self.grid)
+        target = triples.target[i].to(device).float()
+        noise = torch.randn(target.shape, generator=generator).to(device)
+        t = sample_times(editor.preset, len(i), target.shape[1], generator).to(device)
+        depth = None if triples.depth is None else triples.depth[i].to(device).float()
         flow, gss = losses(editor.model, cond, target, noise, t, depth)
         logs = {"flow": flow.mean().item()} | ({} if depth is None else {"gss": gss.item()})
         for low, high in zip(TIME_BINS, TIME_BINS[1:]):
@@ -267,7 +269,7 @@ class FlowTask:
         facts = {"preset": self.editor.preset.name, "stage": self.stage}
         for name, module in self.modules.items():
             if name == "mmdit" and self.stage == "2":
-                lora.save(module, folder / "lora.safetensors", facts)
+                lora.save(module, folder / "lora.safetensors", facts, torch.bfloat16)
             else:
                 save_part(folder, name, module, facts)
 
@@ -358,10 +360,10 @@ def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace
         for micro in range(accumulate):
             number = step * accumulate + micro  # data order, noise and times depend on this alone: resuming is exact
             generator = torch.Generator().manual_seed(args.seed * 1_000_000_007 + number)
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                loss, facts_of_batch = task.loss(batch_indices(task.count, recipe.micro, number, args.seed), generator)
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+                loss, logs = task.loss(batch_indices(task.count, recipe.micro, number, args.seed), generator)
             (loss / accumulate).backward()
-            window.append({"loss": loss.item(), **facts_of_batch})
+            window.append({"loss": loss.item(), **logs})
         torch.nn.utils.clip_grad_norm_(params.values(), recipe.clip)
         for optimizer in opts:
             optimizer.step()
@@ -397,7 +399,7 @@ def mean(values: list[float]) -> float | None:
 
 def grid_of(pictures: Tensor):
     """Pictures (B, H, W, 3) side by side."""
-    return side_by_side(list(pictures.numpy()))
+    return side_by_side(list(pictures.cpu().numpy()))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -430,7 +432,7 @@ def parse() -> argparse.Namespace:
     loop("--seed", type=int, default=0)
     loop("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
     loop("--compile", action="store_true", help="torch.compile the transformer's blocks (needs a C++ compiler)")
-    loop("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    loop("--device", help="default: cuda if there is one, else cpu")
     loop("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and sample sheet")
     args = parser.parse_args()
     if not (args.stage or args.overfit):
@@ -445,7 +447,6 @@ def parse() -> argparse.Namespace:
     args.ism = args.stage != "base" and not args.no_ism
     if args.stage in ("base", "1") or args.no_ism:
         args.gss = "none"
-    args.amp = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return args
 
 
@@ -463,21 +464,24 @@ def init_base(mmdit: MMDiT) -> None:
 def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path) -> Editor:
     """Fresh text encoders and a fresh MMDiT around an autoencoder; writes the word-level tokenizer to `folder`."""
     build_word_tokenizer(scenes.VOCABULARY).save(str(folder / "tokenizer.json"))
-    model = SpatialDiff(preset)
+    device = vae.encoder.conv_in.weight.device
+    model = SpatialDiff(preset).to(device)
     init_base(model.mmdit)
-    return Editor(preset, vae, build(preset, "t5"), build(preset, "clip"), None, load_tokenizers(folder), model)
+    t5, clip = build(preset, "t5", device), build(preset, "clip", device)
+    return Editor(preset, vae, t5, clip, None, load_tokenizers(folder), model)
 
 
 def stage_editor(preset: Preset, args: argparse.Namespace) -> Editor:
     """The base's parts; stage 1 starts a Connector, stage 2 takes stage 1's and starts a spatial head."""
     if args.stage == "2" and args.ism and not (args.checkpoint / "connector.safetensors").is_file():
         raise FileNotFoundError(f"Stage 2 starts from stage 1's Connector, expected {args.checkpoint}/connector.safetensors.")
-    editor = load(preset, args.weights, args.checkpoint if args.stage == "2" and args.ism else None)
+    dtype = torch.bfloat16 if args.device.type != "cpu" else torch.float32  # of the frozen weights
+    editor = load(preset, args.weights, args.checkpoint if args.stage == "2" and args.ism else None, args.device, dtype)
     if args.ism:
-        editor.vggt = load_part(preset, "vggt", args.weights)
-        editor.model.connector = editor.model.connector or build(preset, "connector")
+        editor.vggt = load_part(preset, "vggt", args.weights, args.device)
+        editor.model.connector = (editor.model.connector or build(preset, "connector", args.device)).float()
         out_dim = 256 if args.gss == "eds" else preset.spatial_head.out_dim
-        editor.model.spatial_head = SpatialHead(replace(preset.spatial_head, out_dim=out_dim))
+        editor.model.spatial_head = SpatialHead(replace(preset.spatial_head, out_dim=out_dim)).to(args.device)
     return editor
 
 
@@ -486,7 +490,7 @@ def facts_at_start(task, recipe: Recipe, args: argparse.Namespace) -> None:
         return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
 
     precision = "bf16 autocast" if args.amp else "fp32 (this CPU has no bf16 matrix instructions)"
-    print(f"device      {args.device}, {torch.get_num_threads()} threads, {precision}; kernels: PyTorch")
+    print(f"device      {args.device} ({args.why}), {torch.get_num_threads()} CPU threads, {precision}; kernels: PyTorch")
     for name, module in task.modules.items():
         learned = [p for p in module.parameters() if p.requires_grad]
         print(f"{name:11} {count(module.parameters())} parameters, {count(learned)} learned")
@@ -497,6 +501,9 @@ def facts_at_start(task, recipe: Recipe, args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
+    args.device, _, args.why = choose_device(args.device, None)
+    fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    args.amp = args.device.type != "cpu" or fast_bf16
     torch.manual_seed(args.seed)
     preset = PRESETS[args.preset]
     if args.gss_weight is not None:
@@ -510,27 +517,28 @@ def main() -> None:
         recipe = RECIPES.get((preset.name, part)) or RECIPES["nano", part]
         given = {name: getattr(args, name) for name in ("steps", "batch", "micro") if getattr(args, name)}
         recipe = replace(recipe, **{"micro": min(recipe.micro, args.batch or recipe.micro)} | given)
+        if min(recipe.steps, recipe.batch, recipe.micro) < 1 or recipe.batch % recipe.micro:
+            raise ValueError(f"Steps must be at least 1 and --batch {recipe.batch} a multiple of --micro {recipe.micro}.")
         out = args.output / part if args.stage == "base" else args.output
         args.output.mkdir(parents=True, exist_ok=True)
         if part in ("vae", "vggt"):
-            task = {"vae": VAETask, "vggt": VGGTTask}[part](preset, shards[:24])
+            task = {"vae": VAETask, "vggt": VGGTTask}[part](preset, shards[:24], args.device)
         else:
             task = flow_task(preset, part, shards, args)
         facts_at_start(task, recipe, args)
-        facts = {"part": part, "preset": preset.name, "seed": args.seed, "gss": args.gss, "ism": args.ism, "recipe": str(recipe)}
+        facts = {"part": part, "preset": preset.name, "seed": args.seed, "gss": args.gss, "lambda": preset.gss_weight, "ism": args.ism, "recipe": str(recipe)}
         train(task, recipe, out, facts, args)
         task.save(args.output)
 
 
 def flow_task(preset: Preset, part: str, shards: list[Path], args: argparse.Namespace) -> FlowTask:
     if part == "mmdit":
-        editor, folder = fresh_editor(preset, load_part(preset, "vae", args.output), args.output), args.output
+        editor, folder = fresh_editor(preset, load_part(preset, "vae", args.output, args.device), args.output), args.output
     else:
         editor, folder = stage_editor(preset, args), args.weights
     kinds = ("move",) if part in "12" else ("move", "recolour", "remove", "add", "identity")
-    names = ["vae"] + ["vggt"] * (editor.vggt is not None)
-    key = "-".join([file_sha256(folder / f"{name}.safetensors")[:8] for name in names] + [args.gss, str(len(kinds)), "bf16" if args.amp else "fp32"])
-    triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, key)
+    hashes = {part: file_sha256(folder / f"{part}.safetensors")[:8] for part in ("vae", "vggt")[: 1 + (editor.vggt is not None)]}
+    triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes)
     watch = [scenes.make_pair(scenes.SPLITS["unseen"][i], args.level, "unseen", preset.side, extras=False) for i in range(8)]
     task = FlowTask(editor, triples, "base" if part == "mmdit" else part, watch)
     editor.model.mmdit.checkpoint_blocks = args.recompute
@@ -544,11 +552,11 @@ def overfit(preset: Preset, args: argparse.Namespace) -> None:
     """Trains everything on one rendered pair until sampling returns its target; exits with 1 if it does not."""
     pair = scenes.make_pair(args.seed, args.level, "seen", preset.side, extras=False)
     args.output.mkdir(parents=True, exist_ok=True)
-    editor = fresh_editor(preset, build(preset, "vae"), args.output)
-    editor.vggt = build(preset, "vggt").eval()
-    ref, tgt = torch.from_numpy(pair.ref)[None], torch.from_numpy(pair.tgt)[None]
+    editor = fresh_editor(preset, build(preset, "vae", args.device), args.output)
+    editor.vggt = build(preset, "vggt", args.device).eval()
+    ref, tgt = (torch.from_numpy(picture)[None].to(args.device) for picture in (pair.ref, pair.tgt))
     with torch.no_grad():
-        maps = disparity(torch.from_numpy(pair.tgt_depth)[None])
+        maps = disparity(torch.from_numpy(pair.tgt_depth)[None]).to(args.device)
         depth = depth_target(editor.vae, maps, editor.model.connector.grid, "lds")
         triples = Triples(
             encode_image(editor.vae, ref), encode_image(editor.vae, tgt), torch.zeros(1, dtype=torch.long),
@@ -559,7 +567,7 @@ def overfit(preset: Preset, args: argparse.Namespace) -> None:
     facts_at_start(task, recipe, args)
     train(task, recipe, args.output, {"stage": "overfit", "recipe": str(recipe), "seed": args.seed}, args)
     cond = editor.condition(ref, [pair.instruction])
-    tokens, _ = sample(editor.model, cond, make_noise(preset, cond.grid, [1]), preset.steps, preset.guidance_train)
+    tokens, _ = sample(editor.model, cond, make_noise(preset, cond.grid, [1]).to(args.device), preset.steps, preset.guidance_train)
     error = ((tokens - triples.target).norm() / triples.target.norm()).item()
     print(f"sampled latent: {error:.2%} from the target's (relative L2); at most 5% was expected")
     sys.exit(error > 0.05)

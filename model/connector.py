@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .mmdit import QKNorm
+
 
 @dataclass(frozen=True)
 class ConnectorConfig:
@@ -31,8 +33,7 @@ class CrossAttentionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
-        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.norm = QKNorm(width // heads)
         self.proj = zero_init(nn.Linear(width, width))
         self.mlp = None
         if mlp_ratio:
@@ -45,8 +46,8 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q = self.q(self.norm1(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, l, D)
         k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, l', D)
-        q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k = self.norm(q, k)
+        x = x + self.proj(F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2))
         return x if self.mlp is None else x + self.mlp(self.norm2(x))
 
 

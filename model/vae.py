@@ -8,7 +8,6 @@ of 2 x 2 latents. Names and arithmetic agree with black-forest-labs/flux `module
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -34,7 +34,8 @@ def weights(tmp_path_factory):
         module = build(PRESETS["tiny"], part)
         for parameter in module.parameters():
             parameter.data.normal_(std=max(parameter[0].numel(), 20) ** -0.5, generator=generator)
-        save_tensors(folder / f"{part}.safetensors", module.state_dict())
+        place = folder / "stage2" if part in ("connector", "spatial_head") else folder
+        save_tensors(place / f"{part}.safetensors", module.state_dict())
     build_word_tokenizer(VOCABULARY).save(str(folder / "tokenizer.json"))
     return folder
 
@@ -101,7 +102,7 @@ def test_no_traceback_in_a_shell(weights, tmp_path):
 def test_staged_edit_equals_the_plain_one(run, weights, picture, ism):
     options = ["--image", picture, "--prompt", PROMPT, "--seed", 5, "--steps", 3]
     folder = run(*options, *([] if ism else ["--no-ism"]))
-    editor = load(PRESETS["tiny"], weights, weights, ism=ism)
+    editor = load(PRESETS["tiny"], weights, weights / "stage2", ism=ism)
     small = resize(open_image(picture), 48, 48)
     edit = editor.edit(small[None], [PROMPT], [5], 3, PRESETS["tiny"].guidance_sample)
     assert np.array_equal(open_image(folder / "edit.png"), resize(edit[0], 50, 70))
@@ -185,7 +186,7 @@ def test_wrong_checkpoint(refused, tmp_path):
 
 
 def test_weights_of_another_preset(refused, weights, tmp_path):
-    for path in weights.iterdir():
+    for path in weights.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_tensors(tmp_path / "t5.safetensors", build(PRESETS["nano"], "t5").state_dict())
     assert "t5.safetensors does not hold a T5Encoder of this preset" in refused(weights=tmp_path)
