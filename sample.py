@@ -24,8 +24,8 @@ from data import open_image, resize, save_png, side_by_side, working_size
 from model.text import unknown_words
 from model.weights import file_sha256
 from spatialdiff import (
-    PRESETS, Condition, build, choose_device, decode_image, default_folders, encode_geometry, encode_image, encode_text,
-    load_model, load_part, load_tokenizers, make_noise, sample,
+    PRESETS, Condition, build, choose_device, decode_depth, decode_image, default_folders, encode_geometry, encode_image,
+    encode_text, load_model, load_part, load_tokenizers, make_noise, sample,
 )
 
 
@@ -164,8 +164,7 @@ def edit(args: argparse.Namespace) -> None:
         # Decode, back at the picture's own size.
         result = resize(decode_image(vae, tokens, grid)[0].cpu().numpy(), H, W)
         if args.depth:
-            grey = decode_image(vae, depth, (queries, queries))[0].float().mean(-1, keepdim=True)
-            depth = resize(grey.round().byte().expand(-1, -1, 3).cpu().numpy(), H, W)
+            depth = resize(decode_depth(vae, depth, queries)[0].cpu().numpy(), H, W)
     ended = time.perf_counter()
 
     text = {"prompt": prompt, "seed": str(args.seed), "steps": str(steps), "guidance": str(guidance),

@@ -166,6 +166,16 @@ def depth_target(vae: AutoEncoder, disparity: Tensor, grid: int, gss: str) -> Te
     return pack(vae.encode(x.expand(-1, 3, -1, -1).to(vae.encoder.conv_in.weight.dtype))).float()
 
 
+@torch.inference_mode()
+def decode_depth(vae: AutoEncoder, decoded: Tensor, grid: int) -> Tensor:
+    """What the spatial head said, (B, grid^2, 4 z) or (B, grid^2, 256), as grey pictures (B, 16 grid, 16 grid, 3) uint8:
+    near is bright. The inverse of `depth_target`."""
+    if decoded.shape[-1] == 256:
+        return to_uint8(F.fold(decoded.mT.float(), (16 * grid, 16 * grid), 16, stride=16).expand(-1, 3, -1, -1))
+    grey = decode_image(vae, decoded, (grid, grid)).float().mean(dim=-1, keepdim=True)
+    return grey.round().to(torch.uint8).expand(-1, -1, -1, 3)
+
+
 def encode_geometry(vggt: VGGT, images: Tensor, preset: Preset) -> Tensor:
     """Pictures (B, H, W, 3) uint8 -> geometry tokens S (B, l', d').
 

@@ -410,7 +410,7 @@ def parse() -> argparse.Namespace:
     what = parser.add_argument_group("what to train").add_argument
     what("--stage", choices=("base", "1", "2"))
     what("--part", choices=("vae", "vggt", "mmdit"), help="of stage base, this part only (default: all, in this order)")
-    what("--preset", default="nano", choices=("nano", "tiny"), help="sizes (default nano)")
+    what("--preset", default="nano", choices=tuple(PRESETS), help="sizes (default nano)")
     what("--overfit", action="store_true", help="instead: learn one pair by heart, a check of the whole method (a minute)")
     what("--no-ism", action="store_true", help="stage 2 without spatial tokens: LoRA alone (the paper's ablation)")
     what("--gss", default="lds", choices=("lds", "eds", "none"), help="depth supervision: latent (paper), pixels, none")
@@ -510,36 +510,41 @@ def main() -> None:
         preset = replace(preset, gss_weight=args.gss_weight)
     if args.overfit:
         return overfit(preset, args)
-    world = World(args.level, preset.side, shards=args.shards)
-    shards = scene_shards(world, args.cache)
+    if args.stage == "base" and preset.name == "kontext":
+        raise ValueError("Stage base is the miniature's; kontext starts from the official weights: --stage 1.")
     parts = (args.part,) if args.part else ("vae", "vggt", "mmdit") if args.stage == "base" else (args.stage,)
     for part in parts:
         recipe = RECIPES.get((preset.name, part)) or RECIPES["nano", part]
-        given = {name: getattr(args, name) for name in ("steps", "batch", "micro") if getattr(args, name)}
+        given = {name: getattr(args, name) for name in ("steps", "batch", "micro") if getattr(args, name) is not None}
         recipe = replace(recipe, **{"micro": min(recipe.micro, args.batch or recipe.micro)} | given)
         if min(recipe.steps, recipe.batch, recipe.micro) < 1 or recipe.batch % recipe.micro:
             raise ValueError(f"Steps must be at least 1 and --batch {recipe.batch} a multiple of --micro {recipe.micro}.")
-        out = args.output / part if args.stage == "base" else args.output
         args.output.mkdir(parents=True, exist_ok=True)
-        if part in ("vae", "vggt"):
-            task = {"vae": VAETask, "vggt": VGGTTask}[part](preset, shards[:24], args.device)
-        else:
-            task = flow_task(preset, part, shards, args)
+        task = make_task(preset, part, args)
         facts_at_start(task, recipe, args)
-        facts = {"part": part, "preset": preset.name, "seed": args.seed, "gss": args.gss, "lambda": preset.gss_weight, "ism": args.ism, "recipe": str(recipe)}
-        train(task, recipe, out, facts, args)
+        facts = {"part": part, "preset": str(preset), "recipe": str(recipe), "samples": task.count}
+        facts |= {name: getattr(args, name) for name in ("seed", "level", "gss", "ism")}
+        train(task, recipe, args.output / part if args.stage == "base" else args.output, facts, args)
         task.save(args.output)
 
 
-def flow_task(preset: Preset, part: str, shards: list[Path], args: argparse.Namespace) -> FlowTask:
+def make_task(preset: Preset, part: str, args: argparse.Namespace):
+    """Networks first, so that a missing file is found before anything is rendered; then data, then the task."""
     if part == "mmdit":
-        editor, folder = fresh_editor(preset, load_part(preset, "vae", args.output, args.device), args.output), args.output
-    else:
+        folder = args.output
+        editor = fresh_editor(preset, load_part(preset, "vae", folder, args.device), folder)
+    elif part in "12":
         editor, folder = stage_editor(preset, args), args.weights
+    shards = scene_shards(World(args.level, preset.side, shards=args.shards), args.cache)
+    if part == "vae":
+        return VAETask(preset, shards[:24], args.device)
+    if part == "vggt":
+        return VGGTTask(preset, shards[:24], args.device)
     kinds = ("move",) if part in "12" else ("move", "recolour", "remove", "add", "identity")
-    hashes = {part: file_sha256(folder / f"{part}.safetensors")[:8] for part in ("vae", "vggt")[: 1 + (editor.vggt is not None)]}
+    networks = ("vae",) if editor.vggt is None else ("vae", "vggt")
+    hashes = {name: file_sha256(folder / f"{name}.safetensors")[:8] for name in networks}
     triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes)
-    watch = [scenes.make_pair(scenes.SPLITS["unseen"][i], args.level, "unseen", preset.side, extras=False) for i in range(8)]
+    watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level, "seen", preset.side, extras=False) for i in range(8)]
     task = FlowTask(editor, triples, "base" if part == "mmdit" else part, watch)
     editor.model.mmdit.checkpoint_blocks = args.recompute
     if args.compile:
@@ -565,7 +570,7 @@ def overfit(preset: Preset, args: argparse.Namespace) -> None:
     task = FlowTask(editor, triples, "overfit", [pair])
     recipe = replace(RECIPES["tiny", "overfit"], steps=args.steps or RECIPES["tiny", "overfit"].steps)
     facts_at_start(task, recipe, args)
-    train(task, recipe, args.output, {"stage": "overfit", "recipe": str(recipe), "seed": args.seed}, args)
+    train(task, recipe, args.output, {"part": "overfit", "recipe": str(recipe), "seed": args.seed}, args)
     cond = editor.condition(ref, [pair.instruction])
     tokens, _ = sample(editor.model, cond, make_noise(preset, cond.grid, [1]).to(args.device), preset.steps, preset.guidance_train)
     error = ((tokens - triples.target).norm() / triples.target.norm()).item()

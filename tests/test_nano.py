@@ -1,0 +1,27 @@
+"""The shipped miniature: its size, and that it really moves objects.     python -m pytest -m slow tests/test_nano.py"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluate import CEILING, COPY, MODEL, SHUFFLED, evaluate
+from spatialdiff import PRESETS, default_folders, load
+
+NANO = PRESETS["nano"]
+FOLDER, STAGE2 = default_folders(NANO, None, None)
+
+
+def test_weights_fit_the_repository():
+    assert sum(path.stat().st_size for path in Path(FOLDER).rglob("*") if path.is_file()) <= 25e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split, least", [("seen", 0.75), ("unseen", 0.55)])
+def test_objects_arrive(split, least):
+    """Bounds are the README's figures less three standard errors of 48 scenes."""
+    editor = load(NANO, FOLDER, STAGE2)
+    values, *_ = evaluate(editor, "plain", split, 48, 7, NANO.side, 24, 1, steps=NANO.steps, guidance=1.0)
+    rate = {row: np.mean([v["success"] for v in values[row]]) for row in values}
+    assert rate[MODEL] >= least and rate[CEILING] >= 0.95 and rate[COPY] <= 0.05
+    assert rate[SHUFFLED] <= rate[MODEL] / 3
