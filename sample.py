@@ -107,7 +107,7 @@ def edit(args: argparse.Namespace) -> None:
     tokenizers = load_tokenizers(weights)
     if unknown := unknown_words(tokenizers[0], prompt):
         raise ValueError(f"The preset {preset.name} does not know the words: {', '.join(unknown)}. "
-                         f"It knows {scenes.known_words()}.")
+                         f"It knows {scenes.known_words(tokenizers[0].get_vocab())}.")
     use_spatial = not args.no_ism and "connector" in files
     if args.depth and not (use_spatial and "spatial_head" in files):
         raise ValueError("--depth needs the spatial tokens and their head, but "

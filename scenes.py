@@ -75,10 +75,10 @@ VOCABULARY = tuple(sorted(set(words_of(" ".join([*PATTERNS, *SHAPES, *COMPOUNDS,
                           - {"x", "y", "z", "colour", "article", "tail"}))  # without the patterns' fields
 
 
-def known_words() -> str:
-    """What instructions may speak of, for an error message."""
-    return (f"objects: {', '.join(SHAPES + COMPOUNDS)}; colours: {', '.join(COLOURS)}; "
-            f"relations: {', '.join(RELATIONS)}")
+def known_words(words: Iterable[str] = VOCABULARY) -> str:
+    """What instructions may speak of, for an error message; of the objects and colours, those in `words`."""
+    objects, colours = ([w for w in group if w in words] for group in (SHAPES + COMPOUNDS, COLOURS))
+    return f"objects: {', '.join(objects)}; colours: {', '.join(colours)}; relations: {', '.join(RELATIONS)}"
 
 
 @dataclass(frozen=True)

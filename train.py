@@ -461,9 +461,11 @@ def init_base(mmdit: MMDiT) -> None:
             nn.init.xavier_uniform_(p)
 
 
-def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path) -> Editor:
-    """Fresh text encoders and a fresh MMDiT around an autoencoder; writes the word-level tokenizer to `folder`."""
-    build_word_tokenizer(scenes.VOCABULARY).save(str(folder / "tokenizer.json"))
+def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path, level: str) -> Editor:
+    """Fresh text encoders and a fresh MMDiT around an autoencoder; writes the word-level tokenizer to `folder`. It knows
+    the words of the level alone, so that a word never seen in training is refused."""
+    words = [word for word in scenes.VOCABULARY if level != "plain" or word not in scenes.COMPOUNDS]
+    build_word_tokenizer(words).save(str(folder / "tokenizer.json"))
     device = vae.encoder.conv_in.weight.device
     model = SpatialDiff(preset).to(device)
     init_base(model.mmdit)
@@ -532,7 +534,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
     """Networks first, so that a missing file is found before anything is rendered; then data, then the task."""
     if part == "mmdit":
         folder = args.output
-        editor = fresh_editor(preset, load_part(preset, "vae", folder, args.device), folder)
+        editor = fresh_editor(preset, load_part(preset, "vae", folder, args.device), folder, args.level)
     elif part in "12":
         editor, folder = stage_editor(preset, args), args.weights
     shards = scene_shards(World(args.level, preset.side, shards=args.shards), args.cache)
@@ -557,7 +559,7 @@ def overfit(preset: Preset, args: argparse.Namespace) -> None:
     """Trains everything on one rendered pair until sampling returns its target; exits with 1 if it does not."""
     pair = scenes.make_pair(args.seed, args.level, "seen", preset.side, extras=False)
     args.output.mkdir(parents=True, exist_ok=True)
-    editor = fresh_editor(preset, build(preset, "vae", args.device), args.output)
+    editor = fresh_editor(preset, build(preset, "vae", args.device), args.output, args.level)
     editor.vggt = build(preset, "vggt", args.device).eval()
     ref, tgt = (torch.from_numpy(picture)[None].to(args.device) for picture in (pair.ref, pair.tgt))
     with torch.no_grad():
