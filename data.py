@@ -1,7 +1,8 @@
-"""Pictures: reading any file, the one resize rule, writing PNGs.
+"""Pictures (reading any file, the one resize rule, writing PNGs) and training triples of the rendered world, encoded.
 
 Training, sampling and evaluation all take their pictures through the functions here, so that reference, target and
-output cover exactly the same view. Pictures are uint8 arrays (H, W, 3), RGB.
+output cover exactly the same view. Pictures are uint8 arrays (H, W, 3), RGB. Encodings are kept on disk under the hash
+of the network that made them.
 """
 
 import hashlib
