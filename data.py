@@ -198,7 +198,7 @@ def encode_scenes(shards: list[Path], vae, vggt, preset, gss: str, kinds: tuple[
                 save_tensors(kept, {name: torch.cat(pieces)})
             part |= read_tensors(kept)[0]
         if raw:
-            print(f"\rencoding: {n + 1} of {len(shards)} files ", end="", flush=True)
+            print(f"\rencoding: {n + 1} of {len(shards)} files ", end="\n" if n + 1 == len(shards) else "", flush=True)
         with safe_open(path, "pt") as file:
             edits, root = json.loads(file.metadata()["edits"]), file.get_tensor("root")
         chosen = [i for i, (kind, _, _) in enumerate(edits) if kind in kinds]
@@ -206,5 +206,4 @@ def encode_scenes(shards: list[Path], vae, vggt, preset, gss: str, kinds: tuple[
         parts.append(part | {"root": root[chosen] + rows})
         instructions += [edits[i][2] for i in chosen]
         rows += len(part["reference"])
-    print()
     return Triples(instructions=instructions, **{name: torch.cat([p[name] for p in parts]) for name in parts[0]})

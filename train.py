@@ -480,7 +480,7 @@ def stage_editor(preset: Preset, args: argparse.Namespace) -> Editor:
     dtype = torch.bfloat16 if args.device.type != "cpu" else torch.float32  # of the frozen weights
     editor = load(preset, args.weights, args.checkpoint if args.stage == "2" and args.ism else None, args.device, dtype)
     if args.ism:
-        editor.vggt = load_part(preset, "vggt", args.weights, args.device)
+        editor.vggt = editor.vggt or load_part(preset, "vggt", args.weights, args.device, dtype)
         editor.model.connector = (editor.model.connector or build(preset, "connector", args.device)).float()
         out_dim = 256 if args.gss == "eds" else preset.spatial_head.out_dim
         editor.model.spatial_head = SpatialHead(replace(preset.spatial_head, out_dim=out_dim)).to(args.device)
