@@ -16,34 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.weights import read_tensors, save_tensors
-
-# BFL module -> the diffusers modules whose output rows it holds, in this order.
-DIFFUSERS_MODULES = {
-    "double_blocks.{}.img_attn.qkv": [
-        "transformer_blocks.{}.attn.to_q",
-        "transformer_blocks.{}.attn.to_k",
-        "transformer_blocks.{}.attn.to_v",
-    ],
-    "double_blocks.{}.txt_attn.qkv": [
-        "transformer_blocks.{}.attn.add_q_proj",
-        "transformer_blocks.{}.attn.add_k_proj",
-        "transformer_blocks.{}.attn.add_v_proj",
-    ],
-    "double_blocks.{}.img_attn.proj": ["transformer_blocks.{}.attn.to_out.0"],
-    "double_blocks.{}.txt_attn.proj": ["transformer_blocks.{}.attn.to_add_out"],
-    "double_blocks.{}.img_mlp.0": ["transformer_blocks.{}.ff.net.0.proj"],
-    "double_blocks.{}.img_mlp.2": ["transformer_blocks.{}.ff.net.2"],
-    "double_blocks.{}.txt_mlp.0": ["transformer_blocks.{}.ff_context.net.0.proj"],
-    "double_blocks.{}.txt_mlp.2": ["transformer_blocks.{}.ff_context.net.2"],
-    "single_blocks.{}.linear1": [
-        "single_transformer_blocks.{}.attn.to_q",
-        "single_transformer_blocks.{}.attn.to_k",
-        "single_transformer_blocks.{}.attn.to_v",
-        "single_transformer_blocks.{}.proj_mlp",
-    ],
-    "single_blocks.{}.linear2": ["single_transformer_blocks.{}.proj_out"],
-}
+from model.weights import FLUX_DIFFUSERS, read_tensors, save_tensors, translate
 
 
 class LoRALinear(nn.Module):
@@ -87,8 +60,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def diffusers_parts(name: str, layer: nn.Linear) -> list[tuple[str, int]]:
     """(diffusers module, output rows) for each part of a BFL module: q, k and v take the model's width, mlp the rest."""
-    blocks, index, rest = name.split(".", 2)
-    parts = [part.format(index) for part in DIFFUSERS_MODULES[f"{blocks}.{{}}.{rest}"]]
+    parts = translate(name, FLUX_DIFFUSERS)
     rows = [layer.in_features] * (len(parts) - 1)
     return list(zip(parts, rows + [layer.out_features - sum(rows)]))
 

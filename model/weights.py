@@ -3,11 +3,72 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+
+# ---- key maps: our name (the official one) -> the other layout's. {} is a block's number; what follows a row's name in a
+# tensor's name stays. Several names: their tensors are stacked by rows, in this order.
+
+FLUX_DIFFUSERS = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "double_blocks.{}.img_mod.lin": "transformer_blocks.{}.norm1.linear",
+    "double_blocks.{}.txt_mod.lin": "transformer_blocks.{}.norm1_context.linear",
+    "double_blocks.{}.img_attn.qkv": [
+        "transformer_blocks.{}.attn.to_q",
+        "transformer_blocks.{}.attn.to_k",
+        "transformer_blocks.{}.attn.to_v",
+    ],
+    "double_blocks.{}.txt_attn.qkv": [
+        "transformer_blocks.{}.attn.add_q_proj",
+        "transformer_blocks.{}.attn.add_k_proj",
+        "transformer_blocks.{}.attn.add_v_proj",
+    ],
+    "double_blocks.{}.img_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_q.weight",
+    "double_blocks.{}.img_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_k.weight",
+    "double_blocks.{}.txt_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_added_q.weight",
+    "double_blocks.{}.txt_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_added_k.weight",
+    "double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0",
+    "double_blocks.{}.txt_attn.proj": "transformer_blocks.{}.attn.to_add_out",
+    "double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.net.0.proj",
+    "double_blocks.{}.img_mlp.2": "transformer_blocks.{}.ff.net.2",
+    "double_blocks.{}.txt_mlp.0": "transformer_blocks.{}.ff_context.net.0.proj",
+    "double_blocks.{}.txt_mlp.2": "transformer_blocks.{}.ff_context.net.2",
+    "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
+    "single_blocks.{}.linear1": [
+        "single_transformer_blocks.{}.attn.to_q",
+        "single_transformer_blocks.{}.attn.to_k",
+        "single_transformer_blocks.{}.attn.to_v",
+        "single_transformer_blocks.{}.proj_mlp",
+    ],
+    "single_blocks.{}.linear2": "single_transformer_blocks.{}.proj_out",
+    "single_blocks.{}.norm.query_norm.scale": "single_transformer_blocks.{}.attn.norm_q.weight",
+    "single_blocks.{}.norm.key_norm.scale": "single_transformer_blocks.{}.attn.norm_k.weight",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",  # diffusers has scale before shift: halves change places
+    "final_layer.linear": "proj_out",
+}
+
+
+def translate(name: str, key_map: dict[str, str | list[str]]) -> list[str]:
+    """The other layout's names of what `name` (a module's or a tensor's) holds, in the order of its rows; [name] itself
+    if no row of the map speaks of it."""
+    for ours, theirs in key_map.items():
+        match = re.fullmatch(re.escape(ours).replace(r"\{\}", r"(\d+)") + r"(\..+)?", name)
+        if match:
+            *numbers, rest = match.groups()
+            return [t.format(*numbers) + (rest or "") for t in ([theirs] if isinstance(theirs, str) else theirs)]
+    return [name]
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
