@@ -5,6 +5,7 @@ with transformers `T5EncoderModel` and `CLIPTextModel` as FLUX uses them (no mas
 have the names of the Hugging Face files. The miniature has the same two classes, smaller, and word-level token ids.
 """
 
+import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 
@@ -230,14 +231,87 @@ def build_word_tokenizer(phrases: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Tokenizer from a tokenizer.json. FileNotFoundError if there is none, ValueError if it cannot be read."""
+    """T5's (official or the miniature's) tokenizer from a tokenizer.json, whose own truncation and padding are ignored.
+
+    FileNotFoundError if there is none, ValueError if it is not a T5 tokenizer: pad 0, end token 1.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a tokenizer at {path}, found no file. See weights.md for how to get it.")
+    text = _read(path, "T5 tokenizer")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the package raises nothing more specific
-        raise ValueError(f"Expected a tokenizers JSON file at {path}, found something else ({error}). Copy it again.") from error
+        raise ValueError(
+            f"Expected a tokenizers JSON file at {path}, found something else ({error}). Copy it again."
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    found = {token: tokenizer.token_to_id(token) for token in ("<pad>", "</s>")}
+    if found != {"<pad>": 0, "</s>": 1} or tokenizer.encode("").ids != [1]:
+        raise ValueError(f"Expected a T5 tokenizer at {path} (<pad> is 0, </s> is 1 and ends every prompt), found {found} and "
+                         f"{tokenizer.encode('').ids} for the empty prompt. Copy the tokenizer.json that belongs to T5.")
+    tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
+    return tokenizer
+
+
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # openai/CLIP simple_tokenizer.py
+
+
+def load_clip_tokenizer(folder: str | Path) -> Tokenizer:
+    """CLIP's byte-level BPE from vocab.json and merges.txt, as transformers' CLIPTokenizer builds it.
+
+    FileNotFoundError if one is missing, ValueError if one is damaged or the two do not belong together: CLIP numbers 256
+    bytes, 256 bytes that end a word, the result of every merge in order, the start and the end token.
+    """
+    folder = Path(folder)
+    vocabulary_path, merges_path = folder / "vocab.json", folder / "merges.txt"
+    try:
+        vocabulary = json.loads(_read(vocabulary_path, "CLIP vocabulary"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Expected JSON in {vocabulary_path}, found something else or a file that is cut off ({error}). "
+                         "Copy it again.") from None
+    lines = _read(merges_path, "list of CLIP merges").split("\n")[1:]  # the first line is a version comment
+    merges = [tuple(line.split(" ")) for line in lines if line]
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    is_vocabulary = isinstance(vocabulary, dict) and all(isinstance(i, int) for i in vocabulary.values())
+    if not is_vocabulary or not {start, end} <= vocabulary.keys():
+        raise ValueError(f"Expected a CLIP vocabulary with {start} and {end} in {vocabulary_path}, found another "
+                         "model's. Copy vocab.json and merges.txt from the same `tokenizer` folder of FLUX.1.")
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokens = {i: token for token, i in vocabulary.items()}
+    tokens = [tokens.get(i) for i in range(len(vocabulary))]
+    if (
+        set(tokens[:512]) != {*alphabet, *(letter + "</w>" for letter in alphabet)}
+        or tokens[512:] != [*map("".join, merges), start, end]
+        or not all(len(pair) == 2 and vocabulary.keys() >= set(pair) for pair in merges)
+    ):
+        raise ValueError(f"Expected {merges_path} to make the {max(0, len(tokens) - 514)} tokens that {vocabulary_path} "
+                         f"lists after its bytes, in that order; found {len(merges)} merges that make others. One of the two "
+                         "is cut off or from another model: copy both from the same `tokenizer` folder of FLUX.1.")
+
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=end, end_of_word_suffix="</w>", continuing_subword_prefix="", fuse_unk=False)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.add_special_tokens([AddedToken(start, normalized=True), AddedToken(end, normalized=False)])
+    ids = [(start, vocabulary[start]), (end, vocabulary[end])]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ids)
+    tokenizer.enable_padding(pad_id=vocabulary[end], pad_token=end)
+    return tokenizer
+
+
+def _read(path: Path, what: str) -> str:
+    """The UTF-8 text of a tokenizer file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a {what} at {path}, found no file. See weights.md for how to get it.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected a {what} at {path}, found no UTF-8 text ({error}). Copy it again.") from None
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tensor:
@@ -251,7 +325,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tensor:
         encoding = tokenizer.encode(text)
         ids = encoding.ids
         if len(ids) > length:
-            lost = text[encoding.offsets[length - 1][0] :]
+            lost = text[encoding.offsets[length - 1][0] :].strip()
             warnings.warn(f'The prompt is longer than {length} tokens; these words are left out: "{lost}".', stacklevel=2)
             ids = ids[: length - 1] + ids[-1:]
         rows.append(ids + [pad] * (length - len(ids)))

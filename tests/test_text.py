@@ -1,11 +1,19 @@
-"""Text encoders against formulas written here in float64, and tokenization.
+"""Text encoders against formulas written here in float64; tokenization against stored ids and transformers.
 
-    pytest tests/test_text.py
+    SPATIALDIFF_TOKENIZERS=folder pytest tests/test_text.py
+
+The official tokenizer files (t5/tokenizer.json, clip/vocab.json, clip/merges.txt) are looked for in that folder, then in
+weights/; tests that need them are skipped without. tests/data/golden_ids.json: ids of 12 prompts, equal in transformers
+4.51.3 and 5.23.0.
 """
 
+import json
 import math
+import os
+from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from model.text import (
@@ -14,6 +22,7 @@ from model.text import (
     T5Config,
     T5Encoder,
     build_word_tokenizer,
+    load_clip_tokenizer,
     load_tokenizer,
     relative_buckets,
     tokenize,
@@ -162,9 +171,160 @@ def test_unknown_words(tokenizer):
     assert unknown_words(tokenizer, "move the cube") == []
 
 
-def test_tokenizer_file_errors(tmp_path):
+def test_tokenizer_file_errors(tmp_path, tokenizer):
+    path = tmp_path / "other.json"
     with pytest.raises(FileNotFoundError, match="found no file"):
-        load_tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="Expected a tokenizers JSON file"):
-        load_tokenizer(tmp_path / "tokenizer.json")
+        load_tokenizer(path)
+    for damaged in ("{}", (tmp_path / "tokenizer.json").read_text()[:200]):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="Expected a tokenizers JSON file"):
+            load_tokenizer(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="no UTF-8 text"):
+        load_tokenizer(path)
+    swapped = tokenizers.models.WordLevel({"<pad>": 1, "</s>": 0, "<unk>": 2}, unk_token="<unk>")
+    tokenizers.Tokenizer(swapped).save(str(path))
+    with pytest.raises(ValueError, match="Expected a T5 tokenizer.*'<pad>': 1"):
+        load_tokenizer(path)
+
+
+# ---- sub-word tokenizers: made-up vocabularies on every machine, the official files where they are
+
+SENTENCES = [
+    "Move the apple between the banana and the watermelon.",
+    "",
+    "   ",
+    "  move\tTHE\n\nred   cube, don't they'll  ",
+    "Caf\u00e9 cafe\u0301 \u0130stanbul \u01c5 \ufb01ne \u65e5\u672c\u8a9e \u20ac100 30\u00b0",
+    "\U0001f600\U0001f44d\U0001f3fd \u200b\u3000\u00a0x \U00020000",
+    "what </s> and <extra_id_0><pad>, <|endoftext|> or <|STARTOFTEXT|>hello<|startoftext|> inside",
+    "no_underscore__here 12345 a-b/c ... ?!?! \x00 \x7f",
+    "move the red cube to the left of the blue sphere " * 60,
+    "x" * 3000,
+]
+MERGES = "m o|mo v|mov e</w>|t h|th e</w>|r e|re d</w>|c u|cu b|cub e</w>|l e|le f|lef t</w>|\u00c3 \u00a9|1 2|x x|xx xx"
+MERGES = MERGES.split("|")
+
+
+def write_clip(folder, merges=MERGES):
+    folder.mkdir(exist_ok=True)
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(m.replace(" ", "") for m in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_t5(path):
+    """A unigram tokenizer.json like T5's, but with a truncation and a padding of its own."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", "\u2581move", "\u2581the", "\u2581red", "\u2581cu", "be", ","]
+    pieces += "abcdefghijklmnopqrstuvwxyz1."
+    scores = [0.0, 0.0, 0.0] + [-float(i) for i in range(2, len(pieces) - 1)]
+    t5 = tokenizers.Tokenizer(tokenizers.models.Unigram(list(zip(pieces, scores)), unk_id=2))
+    t5.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.NFKC(), tokenizers.normalizers.Strip(left=False)])
+    t5.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    t5.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    t5.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    t5.save(str(path.with_name("plain.json")))
+    t5.enable_truncation(5)
+    t5.enable_padding(length=9, pad_id=3, pad_token="\u2581", direction="left")
+    t5.save(str(path))
+
+
+def official(name):
+    """An official tokenizer file, or a skip that says what was looked for."""
+    folders = [os.environ.get("SPATIALDIFF_TOKENIZERS"), Path(__file__).parents[1] / "weights"]
+    for folder in filter(None, folders):
+        for path in sorted(Path(folder).glob(f"**/{name}")):
+            return path
+    pytest.skip(f"no official {name} in the folder named by SPATIALDIFF_TOKENIZERS, nor in weights/")
+
+
+def fitted(ids, length, pad):
+    return ids + [pad] * (length - len(ids)) if len(ids) <= length else ids[: length - 1] + ids[-1:]
+
+
+@pytest.mark.filterwarnings("ignore:The prompt is longer")
+@pytest.mark.parametrize("kind, length, pad", [("t5", 512, 0), ("clip", 77, 49407)])
+def test_official_ids(kind, length, pad):
+    if kind == "t5":
+        tokenizer = load_tokenizer(official("t5/tokenizer.json"))
+    else:
+        tokenizer = load_clip_tokenizer(official("clip/vocab.json").parent)
+    items = json.loads((Path(__file__).parent / "data" / "golden_ids.json").read_text(encoding="utf-8"))["items"]
+    assert len(items) == 12
+    ids = tokenize(tokenizer, [item["prompt"] for item in items], length)
+    for row, item in zip(ids.tolist(), items):
+        assert row == fitted(item[f"{kind}_ids"], length, pad), item["prompt"]
+
+
+@pytest.mark.filterwarnings("ignore:The prompt is longer")
+@pytest.mark.parametrize("source", ["made-up", "official"])
+def test_clip_ids_equal_transformers(source, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    folder = write_clip(tmp_path / "clip") if source == "made-up" else official("clip/vocab.json").parent
+    ours = load_clip_tokenizer(folder)
+    merges = [tuple(line.split(" ")) for line in (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:] if line]
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    bos = transformers.AddedToken("<|startoftext|>", normalized=True, special=True)  # as in FLUX's tokenizer_config.json
+    theirs = transformers.CLIPTokenizer(vocabulary, merges, bos_token=bos)
+    expected = theirs(SENTENCES, padding="max_length", max_length=77, truncation=True).input_ids
+    assert tokenize(ours, SENTENCES, 77).tolist() == expected
+    assert {len(set(row)) > 2 for row in expected} == {True, False}  # not all unknown, the empty ones among them
+
+
+@pytest.mark.filterwarnings("ignore:The prompt is longer")
+@pytest.mark.parametrize("source", ["made-up", "official"])
+def test_t5_ids_equal_transformers(source, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    if source == "made-up":
+        path = tmp_path / "tokenizer.json"
+        write_t5(path)
+        file = str(tmp_path / "plain.json")
+        special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=file, **special)
+    else:
+        path = official("t5/tokenizer.json")
+        theirs = transformers.T5TokenizerFast.from_pretrained(path.parent)
+    expected = theirs(SENTENCES, padding="max_length", max_length=512, truncation=True).input_ids
+    assert tokenize(load_tokenizer(path), SENTENCES, 512).tolist() == expected
+
+
+def test_sub_word_padding_and_cut(tmp_path):
+    write_t5(tmp_path / "tokenizer.json")
+    t5, clip = load_tokenizer(tmp_path / "tokenizer.json"), load_clip_tokenizer(write_clip(tmp_path / "clip"))
+    start, end = 512 + len(MERGES), 513 + len(MERGES)
+    assert tokenize(t5, [""], 4).tolist() == [[1, 0, 0, 0]]
+    assert tokenize(clip, [""], 4).tolist() == [[start, end, end, end]]
+    for tokenizer, last, length in ((t5, 1, 5), (clip, end, 6)):  # move the red cu|be: CLIP makes one token of cube
+        with pytest.warns(UserWarning, match=f'longer than {length} tokens.*: "{"be," if tokenizer is t5 else ","} the RED'):
+            ids = tokenize(tokenizer, ["move the red cube, the RED cube"], length)
+        assert ids.shape == (1, length) and ids[0, -1] == last and (ids[0, :-1] != last).all()
+    with pytest.warns(UserWarning) as caught:  # cut inside a character of several bytes: all of it is lost
+        tokenize(clip, ["move \U0001f600 on"], 4)
+    assert caught[0].message.args[0].endswith('"\U0001f600 on".')
+
+
+def test_clip_file_errors(tmp_path):
+    vocabulary, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    with pytest.raises(FileNotFoundError, match="vocab.json, found no file"):
+        load_clip_tokenizer(tmp_path)
+    write_clip(tmp_path)
+    good, lines = vocabulary.read_text(), merges.read_text(encoding="utf-8").splitlines()
+    vocabulary.write_text(good[:300])
+    with pytest.raises(ValueError, match="cut off"):
+        load_clip_tokenizer(tmp_path)
+    for other in ("[1, 2]", good.replace("512", "[512]"), '{"<pad>": 0, "</s>": 1}', good.replace("endoftext", "other")):
+        vocabulary.write_text(other)
+        with pytest.raises(ValueError, match="Expected a CLIP vocabulary with"):
+            load_clip_tokenizer(tmp_path)
+    vocabulary.write_text(good)
+    wrong = [lines[:-1], lines[:2], lines[:1] + lines[2:], lines[:-1] + [lines[-1][:-1]], lines[:-1] + ["xxx x"]]
+    for change in (*wrong, [*lines[:2], lines[3], lines[2], *lines[4:]], [line + " z" for line in lines]):
+        merges.write_text("\n".join(change), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"merges.txt to make the {len(MERGES)} tokens.*copy both"):
+            load_clip_tokenizer(tmp_path)
+    merges.unlink()
+    with pytest.raises(FileNotFoundError, match="merges.txt, found no file"):
+        load_clip_tokenizer(tmp_path)
