@@ -7,9 +7,21 @@ diffusers (`FluxKontextPipeline.load_lora_weights`) and ComfyUI read:
     transformer.<diffusers module>.lora_B.weight  (out, rank), with alpha / rank multiplied in
 
 A fused module's A is copied to each of its parts and its B cut by rows, so nothing is lost either way.
+
+`load` also reads what other programs write, for any linear layer (modulation, embedders and final layer too):
+
+    prefix             module                             matrices                        alpha
+    transformer.       diffusers' name                    lora_A, lora_B                  <module>.alpha or the header's
+    lora_unet_         BFL's name with _ for . (kohya)    lora_down, lora_up              <module>.alpha
+    diffusion_model.   BFL's name (ComfyUI)               lora_down, lora_up or A, B      <module>.alpha
+
+Without an alpha, alpha = rank.
 """
 
+import json
 import math
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +29,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.weights import FLUX_DIFFUSERS, read_tensors, save_tensors, translate
+
+READ = ("kohya (lora_unet_<BFL module>.lora_down/up.weight), BFL dotted (diffusion_model.<BFL module>.lora_down/up.weight "
+        "or lora_A/B.weight) and PEFT / diffusers (transformer.<diffusers module>.lora_A/B.weight)")
+LAYOUTS = {  # the first row whose pattern any key of the file matches says what the file is; None: it is read
+    r"\.(query|key)_norm\.scale$|\.norm_(added_)?[qk]\.weight$": "a control LoRA that replaces norm scales",
+    r"\.lora_B\.bias$": "a LoRA with biases (lora_B.bias), such as BFL's control LoRAs",
+    r"\.dora_scale$|\.lora_magnitude_vector": "a DoRA (dora_scale)",
+    r"\.lokr_": "a LoKr file (lokr_*)",
+    r"\.hada_": "a LoHa file (hada_*)",
+    r"\.lora_mid\.": "a LoRA with a middle factor (lora_mid)",
+    r"\.diff(_b)?$": "a file of whole differences (diff, diff_b)",
+    r"^lora_unet_": None,
+    r"^diffusion_model\.": None,
+    r"^lora_transformer_": "a OneTrainer file (lora_transformer_)",
+    r"^lycoris_": "a LyCORIS file (lycoris_)",
+    r"^base_model\.model\.": "a fal file (base_model.model.)",
+    r"^transformer\..+\.lora_(down|up)\.": "diffusers' names with lora_down / lora_up, on whose alpha programs disagree",
+    r"^transformer\.": None,
+    r"": "a file of bare names, without a prefix",
+}
+TEXT_ENCODERS = ("lora_te", "text_encoder")  # kohya: lora_te1_, lora_te3_; diffusers: text_encoder.; ComfyUI: text_encoders.
+HALVES_SWAPPED = "final_layer.adaLN_modulation.1"  # BFL: rows of shift, then of scale; diffusers: scale first
 
 
 class LoRALinear(nn.Module):
@@ -31,6 +65,10 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in the LoRA paper's code
 
+    @property
+    def weight(self) -> Tensor:  # the MMDiT asks its embedders for their dtype
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return self.base(x) + F.linear(F.linear(x, A), B) * self.scale
@@ -44,25 +82,36 @@ class LoRALinear(nn.Module):
         return self.base
 
 
-def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> layer: the (possibly wrapped) linear layers of the blocks, without modulation."""
-    found = {}
-    for name, module in model.named_modules():
-        if name.startswith(("double_blocks.", "single_blocks.")) and isinstance(module, (nn.Linear, LoRALinear)):
-            if not name.endswith(("mod.lin", "modulation.lin", ".base")):
-                found[name] = module
-    return found
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> layer: every (possibly wrapped) linear layer."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, LoRALinear)) and not name.endswith(".base")}
+
+
+def trained_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of the blocks, without modulation."""
+    return {name: layer for name, layer in linears(model).items()
+            if name.startswith(("double_blocks.", "single_blocks.")) and not name.endswith(("mod.lin", "modulation.lin"))}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: m for name, m in block_linears(model).items() if isinstance(m, LoRALinear)}
+    return {name: layer for name, layer in linears(model).items() if isinstance(layer, LoRALinear)}
 
 
-def diffusers_parts(name: str, layer: nn.Linear) -> list[tuple[str, int]]:
-    """(diffusers module, output rows) for each part of a BFL module: q, k and v take the model's width, mlp the rest."""
-    parts = translate(name, FLUX_DIFFUSERS)
+def file_modules(layout: str, name: str, layer: nn.Linear) -> list[tuple[str, int]]:
+    """(name in a file of that layout, output rows) of a BFL module; in diffusers' of each part of a fused one: q, k and v
+    take the model's width, mlp the rest."""
+    if layout == "lora_unet_":
+        return [(layout + name.replace(".", "_"), layer.out_features)]
+    if layout == "diffusion_model.":
+        return [(layout + name, layer.out_features)]
+    parts = [layout + part for part in translate(name, FLUX_DIFFUSERS)]
     rows = [layer.in_features] * (len(parts) - 1)
     return list(zip(parts, rows + [layer.out_features - sum(rows)]))
+
+
+def swap_halves(B: Tensor) -> Tensor:
+    return B.roll(len(B) // 2, 0)
 
 
 @torch.no_grad()
@@ -74,7 +123,7 @@ def inject(model: nn.Module, rank: int, alpha: float) -> None:
     if lora_layers(model):
         raise ValueError("The model already carries a LoRA; merge it before injecting another one.")
     model.requires_grad_(False)
-    for name, layer in block_linears(model).items():
+    for name, layer in trained_linears(model).items():
         model.set_submodule(name, LoRALinear(layer, rank, alpha))
 
 
@@ -93,10 +142,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The LoRA in fp32 under diffusers' names, unfused, the scale folded into B."""
     state = {}
     for name, layer in lora_layers(model).items():
-        parts = diffusers_parts(name, layer.base)
-        for (part, _), B in zip(parts, (layer.lora_B * layer.scale).split([rows for _, rows in parts])):
-            state[f"transformer.{part}.lora_A.weight"] = layer.lora_A.detach().clone()
-            state[f"transformer.{part}.lora_B.weight"] = B.contiguous()
+        parts = file_modules("transformer.", name, layer.base)
+        B = layer.lora_B * layer.scale
+        B = swap_halves(B) if name == HALVES_SWAPPED else B
+        for (part, _), B_part in zip(parts, B.split([rows for _, rows in parts])):
+            state[f"{part}.lora_A.weight"] = layer.lora_A.detach().clone()
+            state[f"{part}.lora_B.weight"] = B_part.contiguous()
     return state
 
 
@@ -110,34 +161,35 @@ def save(model: nn.Module, path: Path, metadata: dict[str, str] | None = None, d
 
 @torch.no_grad()
 def load(model: nn.Module, path: Path) -> dict[str, str]:
-    """Puts a LoRA file in the layout of `save` on the model, in place of any it carries; returns the file's metadata.
+    """Puts a LoRA file on the model, in place of any it carries; returns the file's metadata. The inverse of `save`.
 
-    The inverse of `save`: rank from the file, alpha = rank. Parts of a fused module that were trained apart (different
-    A) are fused exactly by stacking their ranks, B block-diagonal; parts that the file leaves out stay unchanged.
-    Freezes the model as `inject` does. FileNotFoundError, or ValueError for keys or shapes that do not fit.
+    The scale goes into B, so alpha = rank afterwards. Parts of a fused module that were trained apart (different A) are
+    fused exactly by stacking their ranks, B block-diagonal; parts that the file leaves out stay unchanged. Freezes the
+    model as `inject` does. Warns of keys it has no use for, text encoders' among them. FileNotFoundError, or ValueError
+    for a file of another kind, no usable key, or shapes that do not fit; the model is then as it was.
     """
     state, metadata = read_tensors(path)
-    loaded = {}
-    for name, layer in block_linears(model).items():
+    text = [key for key in state if key.startswith(TEXT_ENCODERS)]
+    state = {key: tensor for key, tensor in state.items() if key not in text}
+    layout = find_layout(state, path)
+    peft = read_header(state, metadata, path) if layout == "transformer." else {}
+    count, loaded = len(state), {}
+    for name, layer in linears(model).items():
         base = layer.base if isinstance(layer, LoRALinear) else layer
-        factors = []
-        for part, rows in diffusers_parts(name, base):
-            A = state.pop(f"transformer.{part}.lora_A.weight", torch.empty(0, base.in_features))
-            B = state.pop(f"transformer.{part}.lora_B.weight", torch.empty(rows, 0))
-            if A.shape[1] != base.in_features or B.shape != (rows, len(A)):
-                raise ValueError(f"{path}: the LoRA of {part} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, but "
-                                 f"this model needs (rank, {base.in_features}) and ({rows}, rank); it was made for "
-                                 "another model.")
-            factors.append((A.float(), B.float()))
-        As, Bs = zip(*factors)
+        As, Bs = zip(*(take(state, module, rows, base.in_features, peft, path)
+                       for module, rows in file_modules(layout, name, base)))
         shared = all(torch.equal(A, As[0]) for A in As)
         A, B = (As[0], torch.cat(Bs)) if shared else (torch.cat(As), torch.block_diag(*Bs))
+        B = swap_halves(B) if layout == "transformer." and name == HALVES_SWAPPED else B
         loaded[name] = (base, A, B)
-    if state:
-        raise ValueError(f"{path}: {len(state)} keys belong to no layer that takes a LoRA here, the first is "
-                         f"{next(iter(state))}; expected transformer.<diffusers module>.lora_A.weight and .lora_B.weight.")
     if not any(len(A) for _, A, _ in loaded.values()):
-        raise ValueError(f"{path} holds no LoRA tensors.")
+        raise ValueError(f"{path} adapts no layer of this model: none of its {count} keys ({examples(state)}) names one in "
+                         f"a layout that is read: {READ}.")
+    if state:
+        warnings.warn(f"{path}: {len(state)} of {count} keys belong to no layer of this model and are not used: "
+                      f"{examples(state)}.")
+    if text:
+        warnings.warn(f"{path}: {len(text)} keys adapt text encoders and are ignored; only the transformer is adapted here.")
 
     model.requires_grad_(False)
     for name, (base, A, B) in loaded.items():
@@ -148,3 +200,66 @@ def load(model: nn.Module, path: Path) -> dict[str, str]:
             base = layer
         model.set_submodule(name, base)
     return metadata
+
+
+def find_layout(state: dict[str, Tensor], path: Path) -> str:
+    """The prefix of a layout that is read. ValueError that names the kind of any other file."""
+    for pattern, what in LAYOUTS.items():
+        found = [key for key in state if re.search(pattern, key)]
+        if found and what is None:
+            return re.match(pattern, found[0]).group()
+        if found:
+            raise ValueError(f"{path} is {what}: {examples(found)}. That cannot be read; convert it to one of: {READ}.")
+    raise ValueError(f"{path} holds no LoRA tensors for the transformer. Expected one of: {READ}.")
+
+
+def read_header(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> dict:
+    """PEFT's settings of the transformer's LoRA that diffusers keeps in the file's header, or {}."""
+    if "lora_adapter_metadata" not in metadata:
+        return {}
+    if any(key.endswith(".alpha") for key in state):
+        raise ValueError(f"{path} states its alpha twice, in alpha tensors and in the header's lora_adapter_metadata; "
+                         "diffusers refuses such a file too. Remove one of them.")
+    try:
+        header = json.loads(metadata["lora_adapter_metadata"])
+        peft = {key.removeprefix("transformer."): value for key, value in header.items() if key.startswith("transformer.")}
+    except (json.JSONDecodeError, AttributeError):
+        raise ValueError(f"{path}: the header's lora_adapter_metadata is not a JSON object.") from None
+    if peft.get("use_dora"):
+        raise ValueError(f"{path} is a DoRA (use_dora in its header). It cannot be read.")
+    return peft
+
+
+def take(state: dict[str, Tensor], module: str, rows: int, columns: int, peft: dict, path: Path) -> tuple[Tensor, Tensor]:
+    """Takes the LoRA of one module of the file out of `state`: A (rank, columns) and B (rows, rank) in fp32, its scale
+    multiplied into B; rank 0 if the file has none."""
+    pair = ("lora_A", "lora_B") if any(f"{module}.lora_{x}.weight" in state for x in "AB") else ("lora_down", "lora_up")
+    A, B = (state.pop(f"{module}.{factor}.weight", None) for factor in pair)
+    if A is None and B is None:
+        return torch.empty(0, columns), torch.empty(rows, 0)
+    if A is None or B is None:
+        raise ValueError(f"{path}: {module} has only one of {pair[0]} and {pair[1]}. Copy or download the file again.")
+    if A.ndim != 2 or A.shape[1] != columns or B.shape != (rows, len(A)) or not len(A):
+        raise ValueError(f"{path}: the LoRA of {module} has {pair[0]} {tuple(A.shape)} and {pair[1]} {tuple(B.shape)}, but "
+                         f"this model needs (rank, {columns}) and ({rows}, rank); it was made for another model.")
+    A, B = A.float(), B.float()
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise ValueError(f"{path}: the LoRA of {module} holds values that are not finite. Copy or download the file again.")
+    rank = len(A)
+    if f"{module}.alpha" in state:
+        alpha = state.pop(f"{module}.alpha").tolist()
+    else:  # PEFT's rule: the first pattern that fits the end of the name, else the common value
+        name = module.removeprefix("transformer.")
+        patterns = (peft.get("alpha_pattern") or {}).items()
+        fits = [value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", name)]
+        alpha = fits[0] if fits else peft.get("lora_alpha", rank)
+    alpha = alpha[0] if isinstance(alpha, list) and len(alpha) == 1 else alpha
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"{path}: the alpha of {module} must be one finite number, it is {alpha}.")
+    scale = alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank)
+    return A, B * scale
+
+
+def examples(keys) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
