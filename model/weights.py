@@ -59,6 +59,25 @@ FLUX_DIFFUSERS = {
     "final_layer.linear": "proj_out",
 }
 
+DEPTH_HF = {  # Depth Anything's backbone; neck and head have the same names in both
+    "backbone.cls_token": "backbone.embeddings.cls_token",
+    "backbone.mask_token": "backbone.embeddings.mask_token",
+    "backbone.pos_embed": "backbone.embeddings.position_embeddings",
+    "backbone.patch_embed.proj": "backbone.embeddings.patch_embeddings.projection",
+    "backbone.blocks.{}.norm1": "backbone.encoder.layer.{}.norm1",
+    "backbone.blocks.{}.attn.qkv": [
+        "backbone.encoder.layer.{}.attention.attention.query",
+        "backbone.encoder.layer.{}.attention.attention.key",
+        "backbone.encoder.layer.{}.attention.attention.value",
+    ],
+    "backbone.blocks.{}.attn.proj": "backbone.encoder.layer.{}.attention.output.dense",
+    "backbone.blocks.{}.ls1.gamma": "backbone.encoder.layer.{}.layer_scale1.lambda1",
+    "backbone.blocks.{}.norm2": "backbone.encoder.layer.{}.norm2",
+    "backbone.blocks.{}.mlp": "backbone.encoder.layer.{}.mlp",
+    "backbone.blocks.{}.ls2.gamma": "backbone.encoder.layer.{}.layer_scale2.lambda1",
+    "backbone.norm": "backbone.layernorm",
+}
+
 
 def translate(name: str, key_map: dict[str, str | list[str]]) -> list[str]:
     """The other layout's names of what `name` (a module's or a tensor's) holds, in the order of its rows; [name] itself

@@ -1,4 +1,5 @@
-"""VGGT aggregator and its DINOv2 stage against tensors made by the official classes.
+"""VGGT aggregator and its DINOv2 stage against tensors made by the official classes, the latter also against
+transformers' `Dinov2WithRegisters`.
 
     pytest tests/test_vggt.py
 
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from model.vggt import VGGT, VGGTConfig
-from model.vit import ViTConfig, apply_rope_2d, normalize, rope_2d
+from model.vit import ViT, ViTConfig, apply_rope_2d, normalize, rope_2d
+from model.weights import DEPTH_HF, translate
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = load_file(DATA / "vggt_tiny.safetensors")
@@ -49,6 +51,32 @@ def test_rope():
 def test_patch_tokens(vggt, case):
     (tokens,) = vggt.patch_embed(normalize(GOLDEN[f"{case}.images"]).flatten(0, 1))
     close(tokens, GOLDEN[f"{case}.patch_tokens"])
+
+
+@pytest.mark.parametrize("size", [(42, 42), (28, 70), (126, 98)])
+def test_dinov2_of_transformers(tmp_path, size):
+    """Random weights everywhere, through a file that transformers wrote; grids of odd sides."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=24, num_attention_heads=3, num_hidden_layers=3, image_size=42, patch_size=14, num_register_tokens=2
+    )
+    peer = transformers.Dinov2WithRegistersModel(config).eval().requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    for name, p in peer.named_parameters():
+        scale = "lambda" in name or name.endswith(("norm.weight", "norm1.weight", "norm2.weight"))
+        p.normal_(1.0 if scale else 0.0, 0.3, generator=g)
+    peer.save_pretrained(tmp_path)
+    weights = {f"backbone.{key}": value for key, value in load_file(tmp_path / "model.safetensors").items()}
+
+    vit = ViT(ViTConfig(42, 14, 24, 3, 3, registers=2)).requires_grad_(False)
+    names = DEPTH_HF | {"backbone.register_tokens": "backbone.embeddings.register_tokens"}
+    ours = {name: [weights.pop(key) for key in translate(f"backbone.{name}", names)] for name in vit.state_dict()}
+    assert not weights
+    vit.load_state_dict({name: torch.cat(parts) for name, parts in ours.items()}, strict=True)
+
+    pixels = torch.randn(2, 3, *size, generator=g)
+    (tokens,) = vit(pixels)
+    close(tokens, peer(pixels).last_hidden_state[:, 3:])
 
 
 @pytest.mark.parametrize("case", CASES)
