@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data import save_png, side_by_side
 from evaluation import metrics
 from scenes import LEVELS, RELATIONS, make_pair
-from spatialdiff import PRESETS, choose_device, default_folders, load
+from spatialdiff import PRESETS, choose_device, choose_preset, default_folders, load
 
 MODEL, CEILING, COPY, AE_SOURCE, SHUFFLED = ROWS = (
     "model", "autoencoder(target)", "source copy", "autoencoder(source)", "shuffled instructions")
@@ -119,8 +119,8 @@ def main() -> None:
     scenes.add_argument("--scenes", type=int, default=300, help="per split")
     scenes.add_argument("--seed", type=int, default=0, help="which scenes; different seeds share none")
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", choices=tuple(PRESETS), default="nano")
-    model.add_argument("--weights", type=Path, help="folder of the networks; default: weights/<preset>")
+    model.add_argument("--preset", choices=tuple(PRESETS), help="default: that of --weights; nano without")
+    model.add_argument("--weights", type=Path, help="folder of the networks; default: weights/nano")
     model.add_argument("--checkpoint", type=Path, help="folder of Connector, spatial head and LoRA; default: its stage2")
     model.add_argument("--no-ism", action="store_true", help="without spatial tokens")
     model.add_argument("--steps", type=int, help="Euler steps; default: the preset's")
@@ -144,13 +144,13 @@ def run_evaluation(args: argparse.Namespace) -> None:
         raise ValueError(f"At least 2 scenes are needed to exchange instructions, not {args.scenes}; raise --scenes.")
     if min(args.batch, args.sheet) < 1 or (args.steps is not None and args.steps < 1):
         raise ValueError("--batch, --sheet and --steps must be at least 1.")
-    preset = PRESETS[args.preset]
+    preset = choose_preset(args.preset, args.weights)
     weights, checkpoint = default_folders(preset, args.weights, args.checkpoint)
     sampling = {"steps": args.steps or preset.steps,
                 "guidance": preset.guidance_sample if args.guidance is None else args.guidance}
-    device, dtype, reason = choose_device(args.device, args.dtype)
+    device, dtype, reason = choose_device(preset, args.device, args.dtype)
     model = load(preset, weights, checkpoint, device, dtype, not args.no_ism)
-    print(f"{args.preset} of {checkpoint} on {device} ({reason}), {str(dtype)[6:]}, {sampling['steps']} steps, "
+    print(f"{preset.name} of {checkpoint} on {device} ({reason}), {str(dtype)[6:]}, {sampling['steps']} steps, "
           f"guidance {sampling['guidance']}, {'without' if model.vggt is None else 'with'} spatial tokens")
     results = []
     for split in ("seen", "unseen") if args.split == "both" else (args.split,):

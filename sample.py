@@ -2,6 +2,7 @@
 
     python sample.py                                                      a rendered scene and its own instruction
     python sample.py --image x.png --prompt "move the red cube behind the blue sphere"
+    python sample.py --image x.png --prompt "..." --weights weights      with the official files there, see weights.md
 
 Writes the edit at the picture's own size, as a PNG that carries prompt, seed, steps, preset and weights as text.
 """
@@ -22,10 +23,10 @@ import torch
 import scenes
 from data import open_image, resize, save_png, side_by_side, working_size
 from model.text import unknown_words
-from model.weights import file_sha256
+from model.weights import digest
 from spatialdiff import (
-    PRESETS, Condition, build, choose_device, decode_depth, decode_image, default_folders, encode_geometry, encode_image,
-    encode_text, load_model, load_part, load_tokenizers, make_noise, sample,
+    PRESETS, Condition, build, choose_device, choose_preset, decode_depth, decode_image, default_folders, encode_geometry,
+    encode_image, encode_text, find_frozen, find_learned, load_model, load_part, load_tokenizers, make_noise, sample,
 )
 
 
@@ -38,9 +39,10 @@ def parse() -> argparse.Namespace:
     edit.add_argument("--steps", type=int, help="Euler steps; default: the preset's (FLUX: 30)")
     edit.add_argument("--guidance", type=float, help="guidance embedding; default: the preset's (FLUX: 2.5)")
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", choices=tuple(PRESETS), default="nano", help="kontext needs the official weights")
-    model.add_argument("--weights", type=Path, help="folder of the networks; default: weights/<preset>")
-    model.add_argument("--checkpoint", type=Path, help="folder of Connector, spatial head and LoRA; default: its stage2")
+    model.add_argument("--preset", choices=tuple(PRESETS), help="default: that of --weights; nano without")
+    model.add_argument("--weights", type=Path, help="folder of the networks, official files included, in any arrangement")
+    model.add_argument("--checkpoint", type=Path, help="folder of Connector, spatial head and LoRA, or a LoRA file alone; "
+                       "default: stage2 in --weights; without any: plain FLUX Kontext")
     model.add_argument("--no-ism", action="store_true", help="without spatial tokens (paper's ablation)")
     model.add_argument("--device", help="default: cuda if there is one, else cpu")
     model.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU, float32 on a CPU")
@@ -51,22 +53,6 @@ def parse() -> argparse.Namespace:
     output.add_argument("--depth", action="store_true",
                         help="also OUTPUT_depth.png: depth decoded from the spatial tokens of the last step, near is bright")
     return parser.parse_args()
-
-
-def weight_files(weights: Path, checkpoint: Path, explicit: bool) -> dict[str, Path]:
-    """Part -> file of all that is there. FileNotFoundError if a frozen network, or everything a checkpoint can hold
-    (where it was asked for), is missing."""
-    frozen = {part: weights / f"{part}.safetensors" for part in ("t5", "clip", "vae", "vggt", "mmdit")}
-    missing = [path.name for path in frozen.values() if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"Expected the preset's networks in {weights}, but {', '.join(missing)} is not there. "
-                                "See weights.md for how to get it, or give --preset and --weights that go together.")
-    learned = {part: checkpoint / f"{part}.safetensors" for part in ("connector", "spatial_head", "lora")}
-    learned = {part: path for part, path in learned.items() if path.is_file()}
-    if explicit and not learned:
-        raise FileNotFoundError(f"Expected connector.safetensors, spatial_head.safetensors or lora.safetensors in "
-                                f"{checkpoint}, found none of them. Give the --output folder of a training.")
-    return frozen | learned
 
 
 def main() -> None:
@@ -82,7 +68,7 @@ def main() -> None:
 
 def edit(args: argparse.Namespace) -> None:
     # What is asked for, checked before anything is loaded.
-    preset = PRESETS[args.preset]
+    preset = choose_preset(args.preset, args.weights)
     weights, checkpoint = default_folders(preset, args.weights, args.checkpoint)
     steps = preset.steps if args.steps is None else args.steps
     guidance = preset.guidance_sample if args.guidance is None else args.guidance
@@ -90,7 +76,7 @@ def edit(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps must be at least 1 and --seed at least 0, not {steps} and {args.seed}.")
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, since the edit carries its settings as PNG text; found {args.output}.")
-    device, dtype, reason = choose_device(args.device, args.dtype)
+    device, dtype, reason = choose_device(preset, args.device, args.dtype)
 
     prompt, truth = args.prompt, None
     if args.image:
@@ -103,27 +89,33 @@ def edit(args: argparse.Namespace) -> None:
     if not any(c.isalnum() for c in prompt or ""):
         raise ValueError('An edit needs an instruction: give --prompt "move the ... to the left of the ...".')
 
-    files = weight_files(weights, checkpoint, explicit=args.checkpoint is not None)
-    tokenizers = load_tokenizers(weights)
+    sources = find_learned(preset, checkpoint, asked=args.checkpoint is not None)
+    use_spatial = not args.no_ism and "connector" in sources
+    sources |= find_frozen(preset, weights, ("t5", "clip", "vae", "mmdit") + ("vggt",) * use_spatial)
+    tokenizers = load_tokenizers(preset, weights)
     if unknown := unknown_words(tokenizers[0], prompt):
         raise ValueError(f"The preset {preset.name} does not know the words: {', '.join(unknown)}. "
                          f"It knows {scenes.known_words(tokenizers[0].get_vocab())}.")
-    use_spatial = not args.no_ism and "connector" in files
-    if args.depth and not (use_spatial and "spatial_head" in files):
+    if args.depth and not (use_spatial and "spatial_head" in sources):
         raise ValueError("--depth needs the spatial tokens and their head, but "
                          + (f"{checkpoint} does not hold both." if not args.no_ism else "--no-ism leaves them out."))
     sha256 = ThreadPoolExecutor(1).submit(  # of the weights, while the networks run
-        lambda: hashlib.sha256("".join(map(file_sha256, files.values())).encode()).hexdigest())
+        lambda: hashlib.sha256("".join(digest(path) for s in sources.values() for path in s.files).encode()).hexdigest())
 
     # The facts.
     H, W = picture.shape[:2]
     h, w = working_size(H, W, preset.side**2, square=not preset.keep_aspect)
     grid = (h // 16, w // 16)
-    parts = [part for part in files if part != "lora" and (use_spatial or part not in ("vggt", "connector", "spatial_head"))]
+    parts = [part for part in sources if part != "lora" and (use_spatial or part not in ("connector", "spatial_head"))]
     count = {part: sum(p.numel() for p in build(preset, part, "meta").parameters()) for part in parts}
     held = max(count["t5"] + count["clip"], count.get("vggt", 0),
                count["mmdit"] + count.get("connector", 0) + count.get("spatial_head", 0)) + count["vae"]
-    print(f"preset     {preset.name}, weights in {weights}, checkpoint in {checkpoint}{', LoRA merged' * ('lora' in files)}")
+    for part in parts + ["lora"] * ("lora" in sources):
+        print(f"{part:11}{sources[part]}")
+    print(f"model      preset {preset.name}: " + (
+        f"SpatialDiff trained into {checkpoint}" if use_spatial else
+        "spatial tokens left out, as asked" if "connector" in sources else
+        f"plain FLUX Kontext, the paper's baseline{' with a LoRA' * ('lora' in sources)}: no Connector in {checkpoint}"))
     print(f"device     {device} ({reason}), {str(dtype).removeprefix('torch.')}, kernels: PyTorch")
     print("parameters " + ", ".join(f"{part} {n / 1e6:.2f}M" for part, n in count.items())
           + f"; at most {held * dtype.itemsize / 1e9:.2f} GB of them at a time")
@@ -137,22 +129,22 @@ def edit(args: argparse.Namespace) -> None:
     with torch.inference_mode():
         # Encode, and free each network before the next is loaded. The autoencoder stays: it is small.
         began = time.perf_counter()
-        t5, clip = (load_part(preset, part, weights, device, dtype) for part in ("t5", "clip"))
+        t5, clip = (load_part(preset, sources[part], device, dtype) for part in ("t5", "clip"))
         txt, pooled = encode_text(t5, clip, tokenizers, [prompt], preset)
         del t5, clip
         images = torch.from_numpy(resize(picture, h, w)).unsqueeze(0).to(device)  # (1, h, w, 3) uint8
         geometry = None
         if use_spatial:
-            vggt = load_part(preset, "vggt", weights, device, dtype)
+            vggt = load_part(preset, sources["vggt"], device, dtype)
             geometry = encode_geometry(vggt, images, preset)
             del vggt
-        vae = load_part(preset, "vae", weights, device, dtype)
+        vae = load_part(preset, sources["vae"], device, dtype)
         cond = Condition(txt, pooled, encode_image(vae, images), geometry, grid)
         free(device)
         encoded = time.perf_counter()
 
         # Denoise, and free the transformer.
-        model = load_model(preset, weights, checkpoint, device, dtype)
+        model = load_model(preset, {p: s for p, s in sources.items() if use_spatial or p in ('mmdit', 'lora')}, device, dtype)
         noise = make_noise(preset, grid, [args.seed]).to(device)
         tokens, spatial = sample(model, cond, noise, steps, guidance, drop=True)
         depth = model.spatial_head(spatial) if args.depth else None  # (1, K, packed latent)

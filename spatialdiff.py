@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from model import lora
 from model.connector import Connector, ConnectorConfig
+from model.depth import DEPTH_CONFIGS, DepthAnything
 from model.mmdit import MMDiT, MMDiTConfig, position_ids, rope_table
 from model.spatial_head import SpatialHead, SpatialHeadConfig
-from model.text import CLIPConfig, CLIPText, T5Config, T5Encoder, load_tokenizer, tokenize
+from model.text import CLIPConfig, CLIPText, T5Config, T5Encoder, load_clip_tokenizer, load_tokenizer, tokenize
 from model.vae import AutoEncoder, VAEConfig, pack, unpack
 from model.vggt import VGGT, VGGTConfig
 from model.vit import ViTConfig
-from model.weights import load_strict, read_tensors
+from model.weights import Source, fill, identify, scan
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Preset:
     spatial_head: SpatialHeadConfig = SpatialHeadConfig()
     t5_length: int = 512
     clip_length: int = 77
+    word_tokenizer: bool = False  # one word-level tokenizer.json for both text encoders, instead of the official two
+    cpu_dtype: str = "bfloat16"  # on a CPU the official files' own dtype stays mapped; 12 B float32 weights are 48 GB
 
     side: int = 512  # pixels: the picture's side, or the root of its area where the aspect is kept
     keep_aspect: bool = True
@@ -77,6 +80,8 @@ PRESETS = {
         spatial_head=SpatialHeadConfig(dim=192),
         t5_length=24,
         clip_length=24,
+        word_tokenizer=True,
+        cpu_dtype="float32",
         side=128,
         keep_aspect=False,
         t_std=1.2,
@@ -96,6 +101,8 @@ PRESETS = {
         spatial_head=SpatialHeadConfig(dim=48, out_dim=16),
         t5_length=26,
         clip_length=26,
+        word_tokenizer=True,
+        cpu_dtype="float32",
         side=48,
         keep_aspect=False,
         steps=8,
@@ -114,6 +121,14 @@ PARTS = {
     "mmdit": MMDiT,
     "connector": Connector,
     "spatial_head": SpatialHead,
+}
+
+PUBLISHED = {  # the official files of `kontext`; weights.md says more
+    "mmdit": "black-forest-labs/FLUX.1-Kontext-dev, flux1-kontext-dev.safetensors",
+    "vae": "the same repository, ae.safetensors",
+    "t5": "the same repository, text_encoder_2/",
+    "clip": "the same repository, text_encoder/",
+    "vggt": "facebook/VGGT-1B, model.safetensors",
 }
 
 
@@ -319,13 +334,15 @@ def build(preset: Preset, part: str, device="cpu", dtype: torch.dtype | None = N
     return module.to(dtype) if dtype else module
 
 
-def default_folders(preset: Preset, weights: Path | None, checkpoint: Path | None) -> tuple[Path, Path]:
-    """Folders of the frozen networks and of what SpatialDiff trained: weights/<preset> and its stage2, if not given."""
-    weights = weights or Path(__file__).parent / "weights" / preset.name
-    return weights, checkpoint or weights / "stage2"
+def sizes(network: str) -> dict[str, nn.Module]:
+    """The sizes a network comes in, on the meta device: one a preset, or Depth Anything's three."""
+    with torch.device("meta"):
+        if network == "depth":
+            return {f"Depth Anything V2 {name}": DepthAnything(config) for name, config in DEPTH_CONFIGS.items()}
+        return {f"preset {preset.name}": PARTS[network](getattr(preset, network)) for preset in PRESETS.values()}
 
 
-def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype, str]:
+def choose_device(preset: Preset, name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype, str]:
     """Device, dtype and the reason for them. ValueError, in a sentence, for what is not there or not supported."""
     if name is None:
         name, reason = ("cuda", "CUDA found") if torch.cuda.is_available() else ("cpu", "no CUDA device found")
@@ -339,39 +356,111 @@ def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, to
         raise ValueError("float16 overflows in T5 and in the transformer; choose --dtype bfloat16 or float32.")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype}.")
-    return device, DTYPES[dtype or ("float32" if device.type == "cpu" else "bfloat16")], reason
+    return device, DTYPES[dtype or (preset.cpu_dtype if device.type == "cpu" else "bfloat16")], reason
 
 
-def load_part(preset: Preset, part: str, folder: Path, device="cpu", dtype: torch.dtype | None = None) -> nn.Module:
-    """One network from `folder`/`part`.safetensors, in evaluation mode and frozen. Errors as in model/weights.py."""
-    path = Path(folder) / f"{part}.safetensors"
-    tensors, _ = read_tensors(path)
-    if part == "spatial_head" and len(tensors.get("fc2.bias", ())) == 256:  # trained with --gss eds
+def choose_preset(name: str | None, weights: Path | None) -> Preset:
+    """The preset asked for; else the one that the transformer in `weights` belongs to; else, without weights, nano."""
+    if name or weights is None:
+        return PRESETS[name or "nano"]
+    found = [source for source in scan(weights)[0] if source.network == "mmdit"]
+    fits = (p for p in PRESETS.values() if any(not s.mismatch(build(p, "mmdit", "meta").state_dict()) for s in found))
+    return next(fits, PRESETS["kontext"])
+
+
+def default_folders(preset: Preset, weights: Path | None, checkpoint: Path | None) -> tuple[Path, Path]:
+    """Folders of the frozen networks and of what SpatialDiff trained, if not given: weights/ for the official files,
+    weights/<preset> for others; and stage2 in it."""
+    here = Path(__file__).parent / "weights"
+    weights = weights or (here if preset.name == "kontext" else here / preset.name)
+    return weights, checkpoint or weights / "stage2"
+
+
+def find_frozen(preset: Preset, folder: Path, parts: tuple[str, ...]) -> dict[str, Source]:
+    """Where these networks of the preset are among all files below `folder`. FileNotFoundError names every one that is
+    not there, where it is published, and what is wrong with files that come near."""
+    sources, problems = scan(folder)
+    found, missing = {}, []
+    for part in parts:
+        expected = build(preset, part, "meta").state_dict()
+        clauses = {source: source.mismatch(expected) for source in sources if source.network == part}
+        fitting = [source for source, clause in clauses.items() if not clause]
+        if fitting:
+            found[part] = fitting[0]
+        else:
+            missing.append(f"{part} ({PUBLISHED[part]})" if preset.name == "kontext" else part)
+            others = [module.state_dict() for module in sizes(part).values()]  # a whole network of another preset is no news
+            problems += [f"{source} does not hold the {part} of this preset: {clause}." for source, clause in clauses.items()
+                         if all(source.mismatch(other) for other in others)]
+    if missing:
+        raise FileNotFoundError(" ".join([f"Expected the networks of preset {preset.name} in {folder}, but found no {', '.join(missing)}. "
+                                          "See weights.md, or give --preset and --weights that go together.", *problems]))
+    return found
+
+
+def find_learned(preset: Preset, checkpoint: Path, asked: bool) -> dict[str, Source]:
+    """What SpatialDiff trained: connector, spatial_head and lora `.safetensors` in the folder `checkpoint`, those that are
+    there; or one LoRA file. FileNotFoundError if there is nothing though it was asked for."""
+    names = ("connector", "spatial_head", "lora")
+    paths = {"lora": checkpoint} if checkpoint.is_file() else {part: checkpoint / f"{part}.safetensors" for part in names}
+    found = {}
+    for part, path in paths.items():
+        if path.is_file():
+            sources = [source for source in identify([path]) if source.network == part]
+            if not sources or sources[0].metadata.get("preset", preset.name) != preset.name:
+                raise ValueError(f"Expected the {part} of preset {preset.name} in {path}, found "
+                                 + (f"that of preset {sources[0].metadata['preset']}." if sources else "something else.")
+                                 + " Give the --output folder of a training with this preset.")
+            found |= {part: sources[0]}
+    if asked and not found:
+        raise FileNotFoundError(f"Expected connector.safetensors, spatial_head.safetensors or lora.safetensors in "
+                                f"{checkpoint}, found none of them. Give the --output folder of a training.")
+    return found
+
+
+def load_part(preset: Preset, source: Source, device="cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """One network in evaluation mode, frozen. Errors as `model.weights.fill`."""
+    if source.network == "spatial_head" and source.weights["fc2.bias"][2] == (256,):  # trained with --gss eds
         preset = replace(preset, spatial_head=replace(preset.spatial_head, out_dim=256))
-    module = build(preset, part, "meta", dtype)
-    load_strict(module, tensors, str(path))
-    return module.to(device).eval().requires_grad_(False)
+    return fill(build(preset, source.network, "meta", dtype), source, device).eval().requires_grad_(False)
 
 
-def load_tokenizers(folder: Path) -> tuple:
-    """The tokenizers of T5 and CLIP; the miniature has one file for both."""
-    tokenizer = load_tokenizer(Path(folder) / "tokenizer.json")
-    return tokenizer, tokenizer
+def load_depth(folder: Path, device="cpu") -> DepthAnything:
+    """The teacher of GSS, in fp32: Depth Anything V2 of whichever size lies below `folder`. FileNotFoundError if none does."""
+    found, problems = scan(folder)
+    for source in found:
+        for module in sizes("depth").values() if source.network == "depth" else ():
+            if not source.mismatch(module.state_dict()):
+                return fill(module, source, device).eval().requires_grad_(False)
+    raise FileNotFoundError(" ".join([f"Expected model.safetensors of depth-anything/Depth-Anything-V2-Large-hf, Base or Small below "
+                                      f"{folder}, found none that is complete. See weights.md.", *problems]))
 
 
-def load_model(preset: Preset, folder: Path, checkpoint: Path | None, device="cpu", dtype=None) -> SpatialDiff:
-    """MMDiT from `folder`, and from `checkpoint` what is there of Connector, spatial head and LoRA (merged).
+def load_tokenizers(preset: Preset, folder: Path) -> tuple:
+    """The tokenizers of T5 (a tokenizer.json) and CLIP (vocab.json and merges.txt), wherever they lie below `folder`."""
+    files = sorted(Path(folder).rglob("tokenizer.json"), key=lambda path: len(path.parts))
+    if preset.word_tokenizer:
+        return (load_tokenizer(files[0] if files else Path(folder) / "tokenizer.json"),) * 2
+    t5 = [path for path in files if b'"Unigram"' in path.read_bytes()]
+    clip = [path.parent for path in sorted(Path(folder).rglob("merges.txt")) if (path.parent / "vocab.json").is_file()]
+    if not t5 or not clip:
+        raise FileNotFoundError(f"Expected T5's tokenizer.json and CLIP's vocab.json with merges.txt below {folder}, but "
+                                f"{'the first' if clip else 'the second' if t5 else 'neither'} is not there. They are the folders "
+                                "tokenizer_2/ and tokenizer/ of black-forest-labs/FLUX.1-Kontext-dev, see weights.md.")
+    return load_tokenizer(t5[0]), load_clip_tokenizer(clip[0])
 
-    Without a Connector file the model has no spatial tokens to offer: `connector` and `spatial_head` are None.
+
+def load_model(preset: Preset, sources: dict[str, Source], device="cpu", dtype=None) -> SpatialDiff:
+    """MMDiT, and what is there of Connector, spatial head and LoRA (merged).
+
+    Without a Connector the model has no spatial tokens to offer: `connector` and `spatial_head` are None.
     """
     with torch.device("meta"):
         model = SpatialDiff(preset)
-    model.mmdit = load_part(preset, "mmdit", folder, device, dtype)
-    for part in ("connector", "spatial_head"):
-        here = checkpoint is not None and (Path(checkpoint) / f"{part}.safetensors").is_file()
-        setattr(model, part, load_part(preset, part, checkpoint, device, dtype) if here else None)
-    if checkpoint is not None and (Path(checkpoint) / "lora.safetensors").is_file():
-        lora.load(model.mmdit, Path(checkpoint) / "lora.safetensors")
+    for part in ("mmdit", "connector", "spatial_head"):
+        setattr(model, part, load_part(preset, sources[part], device, dtype) if part in sources else None)
+    if "lora" in sources:
+        lora.load(model.mmdit, sources["lora"].files[0])
         lora.merge(model.mmdit)
     return model.eval().requires_grad_(False)
 
@@ -387,6 +476,7 @@ class Editor:
     vggt: VGGT | None  # None: no spatial tokens
     tokenizers: tuple
     model: SpatialDiff
+    sources: dict[str, Source]
 
     @torch.inference_mode()
     def condition(self, images: Tensor, prompts: list[str]) -> Condition:
@@ -414,8 +504,12 @@ class Editor:
 
 
 def load(preset: Preset, weights: Path, checkpoint: Path | None, device="cpu", dtype=None, ism: bool = True) -> Editor:
-    """An Editor from the parts in `weights` and `checkpoint`; without a Connector, or with ism=False, no spatial tokens."""
-    model = load_model(preset, weights, checkpoint, device, dtype)
-    vae, t5, clip = (load_part(preset, part, weights, device, dtype) for part in ("vae", "t5", "clip"))
-    vggt = load_part(preset, "vggt", weights, device, dtype) if ism and model.connector is not None else None
-    return Editor(preset, vae, t5, clip, vggt, load_tokenizers(weights), model)
+    """An Editor from the networks in `weights` and `checkpoint`; without a Connector, or with ism=False, no spatial tokens."""
+    sources = find_learned(preset, checkpoint, asked=False) if checkpoint else {}
+    ism = ism and "connector" in sources
+    sources |= find_frozen(preset, weights, ("mmdit", "vae", "t5", "clip") + ("vggt",) * ism)
+    tokenizers = load_tokenizers(preset, weights)
+    model = load_model(preset, sources, device, dtype)
+    vae, t5, clip = (load_part(preset, sources[part], device, dtype) for part in ("vae", "t5", "clip"))
+    vggt = load_part(preset, sources["vggt"], device, dtype) if ism else None
+    return Editor(preset, vae, t5, clip, vggt, tokenizers, model, sources)

@@ -3,9 +3,13 @@
     python train.py --stage 1      the Connector alone, on the rendered world with the shipped miniature
     python train.py --stage 2      LoRA, Connector and spatial head with geometry-aware supervision
     python train.py --stage base   the miniature's own base, from nothing: autoencoder, VGGT, text encoders and MMDiT
+
+With the official files (weights.md): python train.py --stage 1 --weights weights --output runs/kontext1, then
+python train.py --stage 2 --weights weights --checkpoint runs/kontext1.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -25,13 +29,13 @@ from model.mmdit import MMDiT
 from model.spatial_head import SpatialHead
 from model.text import build_word_tokenizer
 from model.vae import AutoEncoder
-from model.weights import file_sha256, read_tensors, save_tensors, to_json
+from model.weights import digest, read_tensors, save_tensors, to_json
 from spatialdiff import (
-    PRESETS, Condition, Editor, Preset, SpatialDiff, build, choose_device, depth_target, encode_geometry, encode_image, encode_text,
-    load, load_part, load_tokenizers, losses, make_noise, sample, sample_times, to_uint8, to_unit,
+    PRESETS, Condition, Editor, Preset, SpatialDiff, build, choose_device, choose_preset, default_folders, depth_target,
+    encode_geometry, encode_image, encode_text, find_frozen, load, load_part, load_tokenizers, losses, make_noise, sample,
+    sample_times, to_uint8, to_unit,
 )
 
-HERE = Path(__file__).parent
 LOG_EVERY = 50
 TIME_BINS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 1.0)  # the loss is logged in each
 
@@ -410,14 +414,14 @@ def parse() -> argparse.Namespace:
     what = parser.add_argument_group("what to train").add_argument
     what("--stage", choices=("base", "1", "2"))
     what("--part", choices=("vae", "vggt", "mmdit"), help="of stage base, this part only (default: all, in this order)")
-    what("--preset", default="nano", choices=tuple(PRESETS), help="sizes (default nano)")
+    what("--preset", choices=tuple(PRESETS), help="default: that of --weights; nano without")
     what("--overfit", action="store_true", help="instead: learn one pair by heart, a check of the whole method (a minute)")
     what("--no-ism", action="store_true", help="stage 2 without spatial tokens: LoRA alone (the paper's ablation)")
     what("--gss", default="lds", choices=("lds", "eds", "none"), help="depth supervision: latent (paper), pixels, none")
     what("--lambda", dest="gss_weight", type=float, help="weight of the depth supervision (paper: 0.01)")
     files = parser.add_argument_group("files").add_argument
-    files("--weights", type=Path, help="folder of the frozen parts (default weights/PRESET)")
-    files("--checkpoint", type=Path, help="stage 2: folder of stage 1's Connector (default weights/PRESET/stage1)")
+    files("--weights", type=Path, help="folder of the frozen networks, official files in any arrangement (default weights/nano)")
+    files("--checkpoint", type=Path, help="stage 2: folder of stage 1's Connector (default: stage1 in --weights)")
     files("--output", type=Path, help="log, sheets, checkpoint and the trained parts (default runs/STAGE)")
     files("--cache", type=Path, default=Path("runs/cache"), help="rendered scenes and their encodings")
     files("--resume", action="store_true", help="go on from the checkpoint in --output, bit for bit")
@@ -439,8 +443,6 @@ def parse() -> argparse.Namespace:
         parser.error("say what to train: --stage base, --stage 1, --stage 2 or --overfit")
     if args.data != "scenes":
         parser.error(f"--data {args.data}: only the rendered world (scenes) can be trained on so far.")
-    args.weights = args.weights or HERE / "weights" / args.preset
-    args.checkpoint = args.checkpoint or args.weights / "stage1"
     if args.overfit:
         args.stage, args.preset = "overfit", "tiny"
     args.output = args.output or Path("runs") / {"1": "stage1", "2": "stage2"}.get(args.stage, args.stage)
@@ -470,17 +472,19 @@ def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path, level: str) -> 
     model = SpatialDiff(preset).to(device)
     init_base(model.mmdit)
     t5, clip = build(preset, "t5", device), build(preset, "clip", device)
-    return Editor(preset, vae, t5, clip, None, load_tokenizers(folder), model)
+    return Editor(preset, vae, t5, clip, None, load_tokenizers(preset, folder), model, {})
 
 
 def stage_editor(preset: Preset, args: argparse.Namespace) -> Editor:
     """The base's parts; stage 1 starts a Connector, stage 2 takes stage 1's and starts a spatial head."""
     if args.stage == "2" and args.ism and not (args.checkpoint / "connector.safetensors").is_file():
         raise FileNotFoundError(f"Stage 2 starts from stage 1's Connector, expected {args.checkpoint}/connector.safetensors.")
-    dtype = torch.bfloat16 if args.device.type != "cpu" else torch.float32  # of the frozen weights
+    dtype = torch.float32 if args.device.type == "cpu" and preset.cpu_dtype == "float32" else torch.bfloat16  # of frozen weights
     editor = load(preset, args.weights, args.checkpoint if args.stage == "2" and args.ism else None, args.device, dtype)
     if args.ism:
-        editor.vggt = editor.vggt or load_part(preset, "vggt", args.weights, args.device, dtype)
+        if editor.vggt is None:
+            editor.sources |= find_frozen(preset, args.weights, ("vggt",))
+            editor.vggt = load_part(preset, editor.sources["vggt"], args.device, dtype)
         editor.model.connector = (editor.model.connector or build(preset, "connector", args.device)).float()
         out_dim = 256 if args.gss == "eds" else preset.spatial_head.out_dim
         editor.model.spatial_head = SpatialHead(replace(preset.spatial_head, out_dim=out_dim)).to(args.device)
@@ -503,11 +507,13 @@ def facts_at_start(task, recipe: Recipe, args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
-    args.device, _, args.why = choose_device(args.device, None)
+    preset = choose_preset(args.preset, args.weights)
+    args.weights, _ = default_folders(preset, args.weights, None)
+    args.checkpoint = args.checkpoint or args.weights / "stage1"
+    args.device, _, args.why = choose_device(preset, args.device, None)
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     args.amp = args.device.type != "cpu" or fast_bf16
     torch.manual_seed(args.seed)
-    preset = PRESETS[args.preset]
     if args.gss_weight is not None:
         preset = replace(preset, gss_weight=args.gss_weight)
     if args.overfit:
@@ -533,10 +539,13 @@ def main() -> None:
 def make_task(preset: Preset, part: str, args: argparse.Namespace):
     """Networks first, so that a missing file is found before anything is rendered; then data, then the task."""
     if part == "mmdit":
-        folder = args.output
-        editor = fresh_editor(preset, load_part(preset, "vae", folder, args.device), folder, args.level)
+        sources = find_frozen(preset, args.output, ("vae",))
+        editor = fresh_editor(preset, load_part(preset, sources["vae"], args.device), args.output, args.level)
     elif part in "12":
-        editor, folder = stage_editor(preset, args), args.weights
+        editor = stage_editor(preset, args)
+        sources = editor.sources
+        for name, source in sources.items():
+            print(f"{name:11} {source}")
     shards = scene_shards(World(args.level, preset.side, shards=args.shards), args.cache)
     if part == "vae":
         return VAETask(preset, shards[:24], args.device)
@@ -544,7 +553,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
         return VGGTTask(preset, shards[:24], args.device)
     kinds = ("move",) if part in "12" else ("move", "recolour", "remove", "add", "identity")
     networks = ("vae",) if editor.vggt is None else ("vae", "vggt")
-    hashes = {name: file_sha256(folder / f"{name}.safetensors")[:8] for name in networks}
+    hashes = {name: hashlib.sha256("".join(map(digest, sources[name].files)).encode()).hexdigest()[:8] for name in networks}
     triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes)
     watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level, "seen", preset.side, extras=False) for i in range(8)]
     task = FlowTask(editor, triples, "base" if part == "mmdit" else part, watch)

@@ -95,7 +95,7 @@ def test_no_traceback_in_a_shell(weights, tmp_path):
     command = [sys.executable, ROOT / "sample.py", "--weights", tmp_path / "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
-    assert done.stderr.startswith("Expected the preset's networks in") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Expected weights at") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("ism", [True, False])
@@ -180,13 +180,17 @@ def test_picture_without_prompt_and_unreadable_picture(refused, picture):
 
 def test_wrong_checkpoint(refused, tmp_path):
     save_tensors(tmp_path / "wrong" / "connector.safetensors", build(PRESETS["nano"], "connector").state_dict())
-    assert "this preset expects" in refused("--checkpoint", tmp_path / "wrong")
+    assert "query of shape (64, 192) where (9, 40) was expected" in refused("--checkpoint", tmp_path / "wrong")
     (tmp_path / "wrong" / "connector.safetensors").write_bytes(b"half a file")
-    assert "not a complete safetensors file" in refused("--checkpoint", tmp_path / "wrong")
+    assert "is not a safetensors file" in refused("--checkpoint", tmp_path / "wrong")
 
 
 def test_weights_of_another_preset(refused, weights, tmp_path):
     for path in weights.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_tensors(tmp_path / "t5.safetensors", build(PRESETS["nano"], "t5").state_dict())
-    assert "t5.safetensors does not hold a T5Encoder of this preset" in refused(weights=tmp_path)
+    assert f"preset tiny in {tmp_path}, but found no t5." in refused(weights=tmp_path)
+    (tmp_path / "t5.safetensors").unlink()
+    (tmp_path / "mmdit.safetensors").write_bytes((tmp_path / "mmdit.safetensors").read_bytes()[:-100])
+    sentence = refused(weights=tmp_path)
+    assert "found no t5, mmdit." in sentence and "mmdit.safetensors (" in sentence and "is cut short" in sentence
