@@ -111,19 +111,19 @@ def edit(args: argparse.Namespace) -> None:
     held = max(count["t5"] + count["clip"], count.get("vggt", 0),
                count["mmdit"] + count.get("connector", 0) + count.get("spatial_head", 0)) + count["vae"]
     for part in parts + ["lora"] * ("lora" in sources):
-        print(f"{part:11}{sources[part]}")
-    print(f"model      preset {preset.name}: " + (
+        print(f"{part:13}{sources[part]}")
+    print(f"model        preset {preset.name}: " + (
         f"SpatialDiff trained into {checkpoint}" if use_spatial else
         "spatial tokens left out, as asked" if "connector" in sources else
         f"plain FLUX Kontext, the paper's baseline{' with a LoRA' * ('lora' in sources)}: no Connector in {checkpoint}"))
-    print(f"device     {device} ({reason}), {str(dtype).removeprefix('torch.')}, kernels: PyTorch")
-    print("parameters " + ", ".join(f"{part} {n / 1e6:.2f}M" for part, n in count.items())
+    print(f"device       {device} ({reason}), {str(dtype).removeprefix('torch.')}, kernels: PyTorch")
+    print("parameters   " + ", ".join(f"{part} {n / 1e6:.2f}M" for part, n in count.items())
           + f"; at most {held * dtype.itemsize / 1e9:.2f} GB of them at a time")
-    print(f"edit       {W} x {H} pixels at {w} x {h}, {steps} steps, guidance {guidance}, seed {args.seed}, "
+    print(f"edit         {W} x {H} pixels at {w} x {h}, {steps} steps, guidance {guidance}, seed {args.seed}, "
           f"{'with' if use_spatial else 'without'} spatial tokens")
-    print(f"prompt     {prompt}")
+    print(f"prompt       {prompt}")
     if args.image and preset.name == "nano":
-        print("note       nano was trained on rendered scenes only; photographs need the official weights and --preset "
+        print("note         nano was trained on rendered scenes only; photographs need the official weights and --preset "
               "kontext, see weights.md")
 
     with torch.inference_mode():
@@ -169,9 +169,9 @@ def edit(args: argparse.Namespace) -> None:
         written[Path(f"{stem}_depth.png")] = depth
     for path, image in written.items():
         save_png(path, image, text)
-    print(f"time       encode {encoded - began:.2f} s, denoise {denoised - encoded:.2f} s, decode {ended - denoised:.2f} s, "
+    print(f"time         encode {encoded - began:.2f} s, denoise {denoised - encoded:.2f} s, decode {ended - denoised:.2f} s, "
           f"{time.perf_counter() - START:.2f} s in all")
-    print("wrote      " + ", ".join(map(str, written)))
+    print("wrote        " + ", ".join(map(str, written)))
 
 
 def free(device: torch.device) -> None:

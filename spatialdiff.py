@@ -412,6 +412,8 @@ def find_learned(preset: Preset, checkpoint: Path, asked: bool) -> dict[str, Sou
                                  + (f"that of preset {sources[0].metadata['preset']}." if sources else "something else.")
                                  + " Give the --output folder of a training with this preset.")
             found |= {part: sources[0]}
+    if "lora" in found:  # tried without weights, so that a file of another kind is refused before anything is loaded
+        lora.load(build(preset, "mmdit", "meta"), found["lora"].files[0])
     if asked and not found:
         raise FileNotFoundError(f"Expected connector.safetensors, spatial_head.safetensors or lora.safetensors in "
                                 f"{checkpoint}, found none of them. Give the --output folder of a training.")

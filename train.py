@@ -496,13 +496,13 @@ def facts_at_start(task, recipe: Recipe, args: argparse.Namespace) -> None:
         return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
 
     precision = "bf16 autocast" if args.amp else "fp32 (this CPU has no bf16 matrix instructions)"
-    print(f"device      {args.device} ({args.why}), {torch.get_num_threads()} CPU threads, {precision}; kernels: PyTorch")
+    print(f"device       {args.device} ({args.why}), {torch.get_num_threads()} CPU threads, {precision}; kernels: PyTorch")
     for name, module in task.modules.items():
         learned = [p for p in module.parameters() if p.requires_grad]
-        print(f"{name:11} {count(module.parameters())} parameters, {count(learned)} learned")
-    print(f"data        {task.count} samples; batch {recipe.batch} as {recipe.batch // recipe.micro} x {recipe.micro}")
-    print(f"recipe      {recipe.steps} steps, lr {recipe.lr}" + (f", Muon {recipe.muon_lr}" if recipe.muon_lr else ""))
-    print(f"output      {args.output}")
+        print(f"{name:13}{count(module.parameters())} parameters, {count(learned)} learned")
+    print(f"data         {task.count} samples; batch {recipe.batch} as {recipe.batch // recipe.micro} x {recipe.micro}")
+    print(f"recipe       {recipe.steps} steps, lr {recipe.lr}" + (f", Muon {recipe.muon_lr}" if recipe.muon_lr else ""))
+    print(f"output       {args.output}")
 
 
 def main() -> None:
@@ -545,7 +545,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
         editor = stage_editor(preset, args)
         sources = editor.sources
         for name, source in sources.items():
-            print(f"{name:11} {source}")
+            print(f"{name:13}{source}")
     shards = scene_shards(World(args.level, preset.side, shards=args.shards), args.cache)
     if part == "vae":
         return VAETask(preset, shards[:24], args.device)

@@ -184,7 +184,7 @@ class Source:
         return {n: t for n, t in self.tensors.items() if not n.endswith(FP8_EXTRAS) and not n.startswith(unused)}
 
     def __str__(self) -> str:
-        place = self.files[0] if len(self.files) == 1 else f"{self.files[0].parent}{os.sep}*.safetensors"
+        place = self.files[0] if len(self.files) == 1 else self.files[0].parent / "*.safetensors"
         dtypes = [dtype for _, dtype, _ in self.weights.values()]
         dtypes = sorted(set(dtypes), key=dtypes.count, reverse=True)
         place = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
@@ -212,15 +212,24 @@ class Source:
     def read(self, name: str, handles: dict, device, dtype: torch.dtype) -> Tensor:
         """One tensor on `device` in `dtype`; on a CPU one that has this dtype already stays in the mapped file."""
         path, stored, _ = self.tensors[name]
-        tensor = handles[path].get_tensor(self.prefix + name).to(device, dtype)
-        if self.scaled and stored in FP8:
-            stem = name.removesuffix(".weight")
-            scale = next((stem + s for s in SCALES if stem + s in self.tensors), None)
-            if scale is None or (scale_shape := self.tensors[scale][2]) not in ((), (1,)):
-                raise ValueError(f"{path}: {name} is fp8 and its file says that such weights have one scale each, but found "
-                                 f"{'none' if scale is None else scale_shape}. Get the bf16 file or another fp8 one, see weights.md.")
-            tensor.mul_(handles[self.tensors[scale][0]].get_tensor(self.prefix + scale).item())
-        return tensor
+        tensor = handles[path].get_tensor(self.prefix + name).to(device)
+        if stored in FP8:
+            tensor = tensor.to(dtype)
+            if self.scaled:
+                tensor.mul_(self.scale(name, handles))
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{path}: {name} holds values that are not finite. Copy or download the file again.")
+        return tensor.to(dtype)
+
+    def scale(self, name: str, handles: dict) -> float:
+        """What an fp8 weight of a scaled file is multiplied by."""
+        stem = name.removesuffix(".weight")
+        found = [stem + ending for ending in SCALES if stem + ending in self.tensors]
+        path, _, shape = self.tensors[found[0]] if found else (self.tensors[name][0], "", None)
+        if shape not in ((), (1,)):
+            raise ValueError(f"{path}: {name} is fp8 and its file says that such weights have one scale each, but found "
+                             f"{f'scales of shape {shape}' if found else 'none'}. Get the bf16 file, see weights.md.")
+        return handles[path].get_tensor(self.prefix + found[0]).item()
 
 
 def stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -246,8 +255,6 @@ def fill(module: nn.Module, source: Source, device="cpu") -> nn.Module:
             tensor = torch.cat(rows) if len(rows) > 1 else rows[0]
             if source.layout == "diffusers" and name.startswith("final_layer.adaLN_modulation."):
                 tensor = torch.cat(tensor.chunk(2)[::-1])
-            if not torch.stack(tensor.aminmax()).isfinite().all():
-                raise ValueError(f"{source}: {name} holds values that are not finite. Copy or download the file again.")
             state[name] = tensor.reshape(like.shape)
     module.load_state_dict(state, strict=True, assign=True)
     return module
@@ -259,7 +266,7 @@ def identify(files: list[Path]) -> list[Source]:
     for path in files:
         header, metadata = read_header(path)
         tensors |= {name: (path, *entry) for name, entry in header.items()}
-    if any("lora" in name for name in tensors):
+    if any(re.search("lora|lokr|hada_|lycoris", name) for name in tensors):  # of which model/lora.py reads some
         return [Source("lora", "its own", "", {}, tensors, metadata)]
     for prefix in PREFIXES:
         inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

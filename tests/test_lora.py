@@ -209,7 +209,9 @@ def run_peer(pipe):
 
 
 def difference(a, b):
-    return (a - b).abs().max().item()
+    found = (a - b).abs().max().item()
+    print(f"largest difference {found:.1e}")  # shown by pytest -s
+    return found
 
 
 def loaded_keys(pipe):

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import sample
 from data import open_image, resize
 from model import lora
 from model.text import build_word_tokenizer
-from model.weights import save_tensors
+from model.weights import FLUX_DIFFUSERS, VAE_DIFFUSERS, save_tensors, translate
 from scenes import VOCABULARY, make_pair
 from spatialdiff import PARTS, PRESETS, build, load
 
@@ -107,6 +108,46 @@ def test_staged_edit_equals_the_plain_one(run, weights, picture, ism):
     edit = editor.edit(small[None], [PROMPT], [5], 3, PRESETS["tiny"].guidance_sample)
     assert np.array_equal(open_image(folder / "edit.png"), resize(edit[0], 50, 70))
     assert not (folder / "edit_compare.png").exists()
+
+
+def test_published_arrangement(run, weights, picture, capsys):
+    """The transformer and the autoencoder in diffusers' names, shards, the repository's folders, VGGT in its own file with
+    heads: the preset is recognised and the edit is the same, pixel for pixel."""
+    options = ["--image", picture, "--prompt", PROMPT, "--steps", 2]
+    run(*options)
+    expected = open_image(picture.parent / "edit.png")
+    hub = picture.parent / "hub"
+    for part, key_map, place in (("mmdit", FLUX_DIFFUSERS, "transformer/diffusion_pytorch_model-{:05}-of-00002.safetensors"),
+                                 ("vae", VAE_DIFFUSERS, "vae/diffusion_pytorch_model.safetensors"),
+                                 ("t5", {}, "text_encoder_2/model-{:05}-of-00002.safetensors"),
+                                 ("clip", {}, "text_encoder/model.safetensors"), ("vggt", {}, "vggt/model.safetensors")):
+        tensors = {}
+        for name, tensor in load_file(weights / f"{part}.safetensors").items():
+            theirs = translate(name, key_map)
+            tensor = tensor.roll(len(tensor) // 2, 0) if theirs[0].startswith("norm_out.linear.") else tensor
+            rows = [48] * (len(theirs) - 1)
+            tensors |= zip(theirs, tensor.split([*rows, len(tensor) - sum(rows)]))
+        if part == "vggt":
+            tensors = {f"aggregator.{name}": tensor for name, tensor in tensors.items()} | {"depth_head.x": torch.zeros(2)}
+        shards = 2 if "{" in place else 1
+        for i in range(shards):
+            save_tensors(hub / place.format(i + 1), dict(list(tensors.items())[i::shards]))
+    (hub / "tokenizer").mkdir()
+    (hub / "tokenizer" / "tokenizer.json").write_bytes((weights / "tokenizer.json").read_bytes())
+    capsys.readouterr()
+    argv = ["sample.py", "--weights", hub, "--checkpoint", weights / "stage2", *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(a) for a in argv])
+        sample.main()
+        printed = capsys.readouterr().out
+        assert "preset tiny: SpatialDiff" in printed and "hub/transformer/*.safetensors (diffusers names, F32)" in printed
+        assert np.array_equal(open_image(picture.parent / "edit.png"), expected)
+        (hub / "vggt/model.safetensors").unlink()  # plain Kontext needs none
+        patch.setattr(sys, "argv", [str(a) for a in argv[:3] + argv[5:]])
+        sample.main()
+        assert "preset tiny: plain FLUX Kontext, the paper's baseline" in capsys.readouterr().out
+    run(*options, "--no-ism", "--output", "without.png")
+    assert np.array_equal(open_image(picture.parent / "edit.png"), open_image(picture.parent / "without.png"))
 
 
 def test_options_change_the_edit(run, weights, picture, tmp_path):

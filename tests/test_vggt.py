@@ -25,6 +25,7 @@ CONFIG = VGGTConfig(vit=ViTConfig(image_size=56, width=32, depth=2, heads=2), de
 
 
 def close(actual, expected):
+    print(f"largest difference {(actual - expected).abs().max():.1e}")  # shown by pytest -s
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 

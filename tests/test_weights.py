@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+import bench_weights
 from model.mmdit import MMDiTConfig
 from model.vae import VAEConfig
 from model.weights import FLUX_DIFFUSERS, VAE_DIFFUSERS, fill, identify, read_header, scan, translate
@@ -53,49 +54,50 @@ def randomized(part, preset=TINY, seed=0):
 
 # ---- official files, at full size -----------------------------------------------------------------------------------
 
-OFFICIAL = {  # manifest: network, layout, tensors that are weights of ours
-    "flux1-kontext-dev.bfl": ("mmdit", "BFL", 780),
-    "flux1-kontext-dev.diffusers_transformer": ("mmdit", "diffusers", 1160),
-    "flux1-dev-kontext_fp8_scaled.comfyui": ("mmdit", "BFL", 780),
-    "ae.bfl": ("vae", "BFL", 244),
-    "vae.diffusers": ("vae", "diffusers", 244),
-    "t5_xxl_encoder.hf": ("t5", "Hugging Face", 219),
-    "t5xxl_fp16.comfyui": ("t5", "Hugging Face", 219),
-    "t5xxl_fp8_e4m3fn.comfyui": ("t5", "Hugging Face", 219),
-    "t5xxl_fp8_e4m3fn_scaled.comfyui": ("t5", "Hugging Face", 219),
-    "clip_l.hf": ("clip", "Hugging Face", 196),
-    "clip_l.comfyui": ("clip", "Hugging Face", 196),
-    "vggt-1b": ("vggt", "VGGT", 1210),
-    "depth-anything-v2-small-hf": ("depth", "Hugging Face", 287),
-    "depth-anything-v2-base-hf": ("depth", "Hugging Face", 287),
-    "depth-anything-v2-large-hf": ("depth", "Hugging Face", 503),
+OFFICIAL = {  # manifest: network, layout, tensors that are weights of ours, parameters
+    "flux1-kontext-dev.bfl": ("mmdit", "BFL", 780, 11_901_408_320),
+    "flux1-kontext-dev.diffusers_transformer": ("mmdit", "diffusers", 1160, 11_901_408_320),
+    "flux1-dev-kontext_fp8_scaled.comfyui": ("mmdit", "BFL", 780, 11_901_408_320),
+    "ae.bfl": ("vae", "BFL", 244, 83_819_683),
+    "vae.diffusers": ("vae", "diffusers", 244, 83_819_683),
+    "t5_xxl_encoder.hf": ("t5", "Hugging Face", 219, 4_762_310_656),
+    "t5xxl_fp16.comfyui": ("t5", "Hugging Face", 219, 4_762_310_656),
+    "t5xxl_fp8_e4m3fn.comfyui": ("t5", "Hugging Face", 219, 4_762_310_656),
+    "t5xxl_fp8_e4m3fn_scaled.comfyui": ("t5", "Hugging Face", 219, 4_762_310_656),
+    "clip_l.hf": ("clip", "Hugging Face", 196, 123_060_480),
+    "clip_l.comfyui": ("clip", "Hugging Face", 196, 123_060_480),
+    "vggt-1b": ("vggt", "VGGT", 1210, 909_112_320),
+    "depth-anything-v2-small-hf": ("depth", "Hugging Face", 287, 24_785_089),
+    "depth-anything-v2-base-hf": ("depth", "Hugging Face", 287, 97_470_785),
+    "depth-anything-v2-large-hf": ("depth", "Hugging Face", 503, 335_315_649),
 }
 VGGT_HEADS = {"camera_head.token_norm.weight": ("F32", [2048]), "track_head.tracker.norm.bias": ("F32", [128])}
 
 
 @pytest.mark.parametrize("manifest", OFFICIAL)
 def test_official_file_fits(manifest, tmp_path):
-    network, layout, count = OFFICIAL[manifest]
+    network, layout, count, parameters = OFFICIAL[manifest]
     tensors = read_manifest(manifest)
     write_sparse(tmp_path / "x.safetensors", tensors | (VGGT_HEADS if network == "vggt" else {}), {"anything": "else"})
     (source,) = identify([tmp_path / "x.safetensors"])
     assert (source.network, source.layout, len(source.weights)) == (network, layout, count)
     assert source.scaled == ("scaled" in manifest)
     modules = {name: m for name, m in sizes(network).items() if not source.mismatch(m.state_dict())}
-    (size,) = modules
+    ((size, module),) = modules.items()
+    assert sum(p.numel() for p in module.parameters()) == parameters
     assert size == (f"Depth Anything V2 {manifest.split('-')[3]}" if network == "depth" else "preset kontext")
 
     for name in list(source.weights)[:: count // 20]:  # no tensor may be missing, of another shape or unknown
         rest = {key: t for key, t in source.tensors.items() if key != name}
         other = type(source)(network, layout, "", source.key_map, rest, {})
-        assert "1 tensor missing" in other.mismatch(modules[size].state_dict())
+        assert "1 tensor missing" in other.mismatch(module.state_dict())
         path, dtype, shape = source.tensors[name]
         other = type(source)(network, layout, "", source.key_map, rest | {name: (path, dtype, (*shape[:-1], shape[-1] + 1))}, {})
-        assert " was expected" in other.mismatch(modules[size].state_dict())
+        assert " was expected" in other.mismatch(module.state_dict())
     other = type(source)(network, layout, "", source.key_map, rest | {name: (path, "I8", shape)}, {})
-    assert "stored as I8, a quantisation" in other.mismatch(modules[size].state_dict())
+    assert "stored as I8, a quantisation" in other.mismatch(module.state_dict())
     other = type(source)(network, layout, "", source.key_map, source.tensors | {"new.weight": (path, dtype, (3,))}, {})
-    assert other.mismatch(modules[size].state_dict()) == "1 tensor surplus: new.weight"
+    assert other.mismatch(module.state_dict()) == "1 tensor surplus: new.weight"
 
 
 def test_a_folder_as_published_and_one_as_collected(tmp_path):
@@ -304,3 +306,18 @@ def test_mapped_weights_are_not_copied(tmp_path):
         maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
         inside = [m[-1] for m in maps if int(m[0].split("-")[0], 16) <= address < int(m[0].split("-")[1], 16)]
         assert (inside == [str(tmp_path / "x.safetensors")]) == mapped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fp8", [False, True])
+def test_no_second_copy(fp8, tmp_path):
+    """Files of 4 GB into bf16: own memory peaks at most 5 % above the tensors' bytes; at none where they stay mapped."""
+    config = bench_weights.FOUR_B if fp8 else bench_weights.TWO_B
+    path = tmp_path / "x.safetensors"
+    bench_weights.write_random(path, config, fp8)
+    assert path.stat().st_size > 4e9
+    with bench_weights.Peak() as peak:
+        module = bench_weights.ours(path, config, torch.bfloat16)
+    path.unlink()
+    size = 2 * sum(p.numel() for p in module.parameters()) / 1e9
+    assert peak.most <= (1.05 if fp8 else 0.05) * size
