@@ -124,11 +124,11 @@ PARTS = {
 }
 
 PUBLISHED = {  # the official files of `kontext`; weights.md says more
-    "mmdit": "black-forest-labs/FLUX.1-Kontext-dev, flux1-kontext-dev.safetensors",
-    "vae": "the same repository, ae.safetensors",
-    "t5": "the same repository, text_encoder_2/",
-    "clip": "the same repository, text_encoder/",
-    "vggt": "facebook/VGGT-1B, model.safetensors",
+    "mmdit": "FLUX.1-Kontext-dev's flux1-kontext-dev.safetensors",
+    "vae": "FLUX.1-Kontext-dev's ae.safetensors",
+    "t5": "FLUX.1-Kontext-dev's text_encoder_2/",
+    "clip": "FLUX.1-Kontext-dev's text_encoder/",
+    "vggt": "VGGT-1B's model.safetensors",
 }
 
 

@@ -226,6 +226,21 @@ def test_wrong_checkpoint(refused, tmp_path):
     assert "is not a safetensors file" in refused("--checkpoint", tmp_path / "wrong")
 
 
+def test_checkpoint_of_another_preset_or_model(run, weights, tmp_path, capsys):
+    connector = build(PRESETS["tiny"], "connector").state_dict()
+    save_tensors(tmp_path / "nano" / "connector.safetensors", connector, {"preset": "nano"})
+    save_tensors(tmp_path / "kohya.safetensors", {"lora_unet_img_in.lora_down.weight": torch.zeros(2, 99),
+                                                  "lora_unet_img_in.lora_up.weight": torch.zeros(48, 2)})
+    save_tensors(tmp_path / "lokr.safetensors", {"lycoris_x.lokr_w1": torch.zeros(2, 9)})
+    save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(2)})
+    for name, sentence in (("nano", "found that of preset nano"), ("kohya.safetensors", "made for another model"),
+                           ("lokr.safetensors", "is a LoKr file"), ("other.safetensors", "found something else")):
+        with pytest.raises(SystemExit):
+            run("--checkpoint", tmp_path / name)
+        out, err = capsys.readouterr()
+        assert sentence in err and out == ""  # refused before anything is loaded
+
+
 def test_weights_of_another_preset(refused, weights, tmp_path):
     for path in weights.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
