@@ -126,7 +126,7 @@ def main() -> None:
     model.add_argument("--steps", type=int, help="Euler steps; default: the preset's")
     model.add_argument("--guidance", type=float, help="default: the preset's")
     model.add_argument("--device", help="default: cuda if there is one, else cpu")
-    model.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU, float32 on a CPU")
+    model.add_argument("--dtype", help="bfloat16 or float32; default: bfloat16, of the small presets on a CPU float32")
     run = parser.add_argument_group("run")
     run.add_argument("--batch", type=int, default=32, help="scenes edited at once; changes speed and memory, not results")
     run.add_argument("--sheet", type=int, default=20, help="edits on the contact sheet")

@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
                        "default: stage2 in --weights; without any: plain FLUX Kontext")
     model.add_argument("--no-ism", action="store_true", help="without spatial tokens (paper's ablation)")
     model.add_argument("--device", help="default: cuda if there is one, else cpu")
-    model.add_argument("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU, float32 on a CPU")
+    model.add_argument("--dtype", help="bfloat16 or float32; default: bfloat16, of the small presets on a CPU float32")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("edit.png"), help="PNG to write (default edit.png)")
     output.add_argument("--compare", action="store_true",
