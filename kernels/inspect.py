@@ -84,15 +84,26 @@ def launch_rope(n: int) -> None:
 
 
 def launch_modulate(n: int) -> None:
-    from kernels.modulate import modulate_triton, residual_modulate_triton
+    from kernels.modulate import modulate_triton
+
+    shift, scale = meta(BATCH, 1, 6 * HEADS * WIDTH).chunk(6, dim=-1)[:2]
+    backward(modulate_triton(meta(BATCH, n, HEADS * WIDTH), shift, scale))
+
+
+def launch_residual_modulate(n: int) -> None:
+    from kernels.modulate import residual_modulate_triton
 
     x, y = meta(BATCH, n, HEADS * WIDTH), meta(BATCH, n, HEADS * WIDTH)
     shift, scale, gate = meta(BATCH, 1, 6 * HEADS * WIDTH).chunk(6, dim=-1)[:3]
-    backward(modulate_triton(x, shift, scale))
     backward(*residual_modulate_triton(x, gate, y, shift, scale))
 
 
-LAUNCHES = {"attention": launch_attention, "rope": launch_rope, "modulate": launch_modulate}
+LAUNCHES = {
+    "attention": launch_attention,
+    "rope": launch_rope,
+    "modulate": launch_modulate,
+    "residual_modulate": launch_residual_modulate,
+}
 LENGTHS = (3584, 9728, 3500)
 
 
@@ -121,11 +132,12 @@ def compiled(launch, *args, target: str) -> list:
     return list({id(kernel): kernel for kernel in kernels}.values())
 
 
-def run_launchers_on_meta_tensors(module) -> None:
+def run_launchers_on_meta_tensors() -> None:
     """On meta tensors a custom op runs its fake: let that be the launcher itself, so that its launches take place."""
-    for op in vars(module).values():
-        if isinstance(op, torch._library.custom_ops.CustomOpDef):
-            op.register_fake(op._init_fn)
+    for file in ("attention", "rope", "modulate"):
+        for op in vars(importlib.import_module(f"kernels.{file}")).values():
+            if isinstance(op, torch._library.custom_ops.CustomOpDef):
+                op.register_fake(op._init_fn)
 
 
 def describe(kernel, target: str) -> dict:
@@ -268,14 +280,12 @@ def tensor_core_share(body: list[str], warps: int, target: str) -> float | None:
 
 
 def inspect(operation: str, target: str) -> list[dict]:
-    """One dict per kernel and specialisation; the lengths that share it are listed in it."""
-    run_launchers_on_meta_tensors(importlib.import_module(f"kernels.{operation}"))
+    """One dict per kernel and specialisation; lengths that compile to the same figures share it."""
     rows = {}
     for n in LENGTHS:
         for kernel in compiled(LAUNCHES[operation], n, target=target):
-            if kernel.hash not in rows:
-                rows[kernel.hash] = dict(operation=operation, lengths=[]) | describe(kernel, target)
-            rows[kernel.hash]["lengths"].append(n)
+            figures = dict(operation=operation) | describe(kernel, target)
+            rows.setdefault(json.dumps(figures), figures | dict(lengths=[]))["lengths"].append(n)
     return list(rows.values())
 
 
@@ -283,7 +293,7 @@ def table_line(row: dict) -> str:
     counts = lambda d: " ".join(f"{n} {name}" for name, n in d.items())  # noqa: E731
     share = "-" if row["share"] is None else f"{row['share']:.0%}"
     return (
-        f"{row['kernel']:<28}{row['target']:<8}{','.join(map(str, row['lengths'])):<16}{row['warps']:>5}{row['registers']:>5}"
+        f"{row['operation']:<18}{row['kernel']:<19}{row['target']:<8}{','.join(map(str, row['lengths'])):<16}{row['warps']:>5}{row['registers']:>5}"
         f"{row['stack']:>6}{row['shared']:>8}  {counts(row['matrix']) or '-':<15}{row['loop'] or '-':>5}{share:>6}"
         f"{row['atomics']:>8}  {counts(row['accesses'])}"
     )
@@ -297,7 +307,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.json:
         print(f"triton {triton.__version__}, bf16, batch {BATCH}, {HEADS} heads of {WIDTH}, {TEXT} text tokens")
-        print(f"{'kernel':<28}{'target':<8}{'tokens':<16}warps regs stack    smem  {'matrix':<15} loop share atomics  accesses")
+        print(f"{'operation':<18}{'kernel':<19}{'target':<8}{'tokens':<16}warps regs stack    smem  {'matrix':<15} loop share atomics  accesses")
+    run_launchers_on_meta_tensors()
     for operation in args.kernel or LAUNCHES:
         for target in args.target or TARGETS:
             for row in inspect(operation, target):
