@@ -38,35 +38,40 @@ def residual_modulate_reference(x: Tensor, gate: Tensor, y: Tensor, shift: Tenso
 if triton is not None:
 
     @triton.jit
+    def load_row(ptr, offset, mask):
+        return tl.load(ptr + offset + tl.arange(0, mask.shape[0]), mask, 0.0).to(tl.float32)
+
+    @triton.jit
+    def store_row(ptr, offset, x, mask):
+        tl.store(ptr + offset + tl.arange(0, mask.shape[0]), x.to(ptr.dtype.element_ty), mask)
+
+    @triton.jit
+    def normalize(h, mask, C: tl.constexpr):
+        h = tl.where(mask, h - tl.sum(h) / C, 0.0)
+        r = tl.rsqrt(tl.sum(h * h) / C + 1e-6)
+        return h * r, r
+
+    @triton.jit
     def modulate_forward(
         x_ptr, gate_ptr, y_ptr, shift_ptr, scale_ptr, h_ptr, out_ptr,
-        N, rows,
+        N,
         stride_xb, stride_xn, stride_yb, stride_yn, stride_gb, stride_bb, stride_sb,
         C: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
     ):  # fmt: skip
         # x, y (B, N, C): strides (stride_b, stride_n, 1); gate, shift, scale (B, 1, C): (stride_gb | bb | sb, -, 1);
-        # h, out (B, N, C) contiguous. C is constexpr so that the mask keeps 16-byte accesses whole.
-        # program: `rows` tokens of a sample
-        batch = tl.program_id(1).to(tl.int64)
-        start = tl.program_id(0) * rows
-        channels = tl.arange(0, BLOCK)
-        mask = channels < C
-        shift = tl.load(shift_ptr + batch * stride_bb + channels, mask, 0.0)
-        scale = tl.load(scale_ptr + batch * stride_sb + channels, mask, 0.0)
+        # h, out (B, N, C) contiguous. program: a token; the modulation comes from L1 for all but the first of an SM
+        row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        mask = tl.arange(0, BLOCK) < C  # constexpr C: the compiler sees that it cuts no 16 bytes in two
+        h = load_row(x_ptr, batch * stride_xb + row * stride_xn, mask)
         if RESIDUAL:
-            gate = tl.load(gate_ptr + batch * stride_gb + channels, mask, 0.0)
-        for row in range(start, tl.minimum(start + rows, N)):
-            h = tl.load(x_ptr + batch * stride_xb + row * stride_xn + channels, mask, 0.0).to(tl.float32)
-            offsets = (batch * N + row) * C + channels
-            if RESIDUAL:
-                y = tl.load(y_ptr + batch * stride_yb + row * stride_yn + channels, mask, 0.0)
-                rounded = (h + gate.to(tl.float32) * y.to(tl.float32)).to(h_ptr.dtype.element_ty)
-                tl.store(h_ptr + offsets, rounded, mask)
-                h = rounded.to(tl.float32)
-            h = tl.where(mask, h - tl.sum(h) / C, 0.0)
-            out = h * tl.rsqrt(tl.sum(h * h) / C + 1e-6)
-            out = (1 + scale.to(tl.float32)) * out + shift.to(tl.float32)
-            tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask)
+            gate = load_row(gate_ptr, batch * stride_gb, mask)
+            h += gate * load_row(y_ptr, batch * stride_yb + row * stride_yn, mask)
+            h = h.to(h_ptr.dtype.element_ty).to(tl.float32)
+            store_row(h_ptr, (batch * N + row) * C, h, mask)
+        n, _ = normalize(h, mask, C)
+        shift = load_row(shift_ptr, batch * stride_bb, mask)
+        scale = load_row(scale_ptr, batch * stride_sb, mask)
+        store_row(out_ptr, (batch * N + row) * C, (1 + scale) * n + shift, mask)
 
     @triton.jit
     def modulate_backward(
@@ -76,50 +81,38 @@ if triton is not None:
         C: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
     ):  # fmt: skip
         # as forward; dh, dout, dx, dy (B, N, C) contiguous; dmod (3 or 2, B, programs, C) fp32 contiguous: each
-        # program's dshift, dscale, dgate
+        # program's dshift, dscale, dgate. program: `rows` tokens of a sample
         batch = tl.program_id(1).to(tl.int64)
-        start = tl.program_id(0) * rows
-        channels = tl.arange(0, BLOCK)
-        mask = channels < C
-        scale = tl.load(scale_ptr + batch * stride_sb + channels, mask, 0.0)
+        mask = tl.arange(0, BLOCK) < C
         dshift = tl.zeros((BLOCK,), tl.float32)
         dscale = tl.zeros((BLOCK,), tl.float32)
-        if RESIDUAL:
-            gate = tl.load(gate_ptr + batch * stride_gb + channels, mask, 0.0)
-            dgate = tl.zeros((BLOCK,), tl.float32)
+        dgate = tl.zeros((BLOCK,), tl.float32)
+        start = tl.program_id(0) * rows
         for row in range(start, tl.minimum(start + rows, N)):
-            offsets = (batch * N + row) * C + channels
-            dout = tl.load(dout_ptr + offsets, mask, 0.0).to(tl.float32)
-            h = tl.load(h_ptr + batch * stride_hb + row * stride_hn + channels, mask, 0.0).to(tl.float32)
-            h = tl.where(mask, h - tl.sum(h) / C, 0.0)
-            r = tl.rsqrt(tl.sum(h * h) / C + 1e-6)
-            n = h * r
+            dout = load_row(dout_ptr, (batch * N + row) * C, mask)
+            n, r = normalize(load_row(h_ptr, batch * stride_hb + row * stride_hn, mask), mask, C)
             dshift += dout
             dscale += dout * n
-            m = (1 + scale.to(tl.float32)) * dout
+            m = (1 + load_row(scale_ptr, batch * stride_sb, mask)) * dout
             dx = r * (m - tl.sum(m) / C - n * (tl.sum(m * n) / C))
             if RESIDUAL:
-                dx += tl.load(dh_ptr + offsets, mask, 0.0).to(tl.float32)
-                y = tl.load(y_ptr + batch * stride_yb + row * stride_yn + channels, mask, 0.0).to(tl.float32)
-                dgate += dx * y
-                tl.store(dy_ptr + offsets, (dx * gate.to(tl.float32)).to(dy_ptr.dtype.element_ty), mask)
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
-        programs = tl.num_programs(0)
-        dmod_ptrs = dmod_ptr + (batch * programs + tl.program_id(0)) * C + channels
-        part = tl.num_programs(1) * programs * C
-        tl.store(dmod_ptrs, dshift, mask)
-        tl.store(dmod_ptrs + part, dscale, mask)
+                dx += load_row(dh_ptr, (batch * N + row) * C, mask)
+                dgate += dx * load_row(y_ptr, batch * stride_yb + row * stride_yn, mask)
+                dy = dx * load_row(gate_ptr, batch * stride_gb, mask)
+                store_row(dy_ptr, (batch * N + row) * C, dy, mask)
+            store_row(dx_ptr, (batch * N + row) * C, dx, mask)
+        part = tl.num_programs(1) * tl.num_programs(0) * C
+        offset = (batch * tl.num_programs(0) + tl.program_id(0)) * C
+        store_row(dmod_ptr, offset, dshift, mask)
+        store_row(dmod_ptr, offset + part, dscale, mask)
         if RESIDUAL:
-            tl.store(dmod_ptrs + 2 * part, dgate, mask)
+            store_row(dmod_ptr, offset + 2 * part, dgate, mask)
 
 
-def _launch(x: Tensor) -> tuple[tuple[int, int], int, dict]:
-    """Grid, tokens per program and configuration for x (B, N, C). The kernels only stream memory, so one rule serves
-    every GPU: 16 values a thread, and about 512 programs so that each reads its modulation once for several tokens."""
-    B, N, C = x.shape
+def _meta(C: int) -> dict:
+    """The kernels only stream memory, so one configuration serves every GPU: 16 values a thread."""
     block = triton.next_power_of_2(C)
-    rows = min(16, triton.next_power_of_2(triton.cdiv(N, 512)))
-    return (triton.cdiv(N, rows), B), rows, dict(C=C, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    return dict(C=C, BLOCK=block, num_warps=min(16, max(1, block // 512)))
 
 
 def _check(rows: list[Tensor], mods: list[Tensor]) -> None:
@@ -130,10 +123,9 @@ def _check(rows: list[Tensor], mods: list[Tensor]) -> None:
     for x in mods:
         assert x.shape == (B, 1, C), f"Modulations must be ({B}, 1, {C}), got {tuple(x.shape)}."
     for x in rows + mods:
-        size = x.element_size()
         assert x.stride(-1) == 1, "The last dimension must be contiguous."
-        assert x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:-1]), (
-            "Rows must begin at multiples of 16 bytes, so that threads read 128 bits at a time; make it contiguous."
+        assert x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1]), (
+            "Rows must begin at multiples of 16 bytes and 8 elements (128-bit accesses); make the tensor contiguous."
         )
 
 
@@ -142,10 +134,10 @@ def modulate_triton(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """As modulate_reference. Views of wider tensors are read as they are."""
     _check([x], [shift, scale])
     out = _rows(x)
-    grid, rows, meta = _launch(x)
-    modulate_forward[grid](
-        x, None, None, shift, scale, None, out, x.shape[1], rows,
-        x.stride(0), x.stride(1), 0, 0, 0, shift.stride(0), scale.stride(0), RESIDUAL=False, **meta,
+    B, N, C = x.shape
+    modulate_forward[(N, B)](
+        x, None, None, shift, scale, None, out, N,
+        x.stride(0), x.stride(1), 0, 0, 0, shift.stride(0), scale.stride(0), RESIDUAL=False, **_meta(C),
     )  # fmt: skip
     return out
 
@@ -157,11 +149,11 @@ def residual_modulate_triton(
     """As residual_modulate_reference. Views of wider tensors are read as they are."""
     _check([x, y], [gate, shift, scale])
     h, out = _rows(x), _rows(x)
-    grid, rows, meta = _launch(x)
-    modulate_forward[grid](
-        x, gate, y, shift, scale, h, out, x.shape[1], rows,
+    B, N, C = x.shape
+    modulate_forward[(N, B)](
+        x, gate, y, shift, scale, h, out, N,
         x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),
-        RESIDUAL=True, **meta,
+        RESIDUAL=True, **_meta(C),
     )  # fmt: skip
     return h, out
 
@@ -171,16 +163,17 @@ def _backward(
     dh: Tensor | None, dout: Tensor, h: Tensor, gate: Tensor | None, y: Tensor | None, scale: Tensor
 ) -> list[Tensor]:
     """dx, dshift, dscale and, with a residual, dy, dgate."""
-    grid, rows, meta = _launch(h)
     B, N, C = h.shape
+    rows = min(16, triton.next_power_of_2(triton.cdiv(N, 512)))  # about 512 programs: enough for any GPU, few partials
+    grid = (triton.cdiv(N, rows), B)
     dx, dy = _rows(h), None if y is None else _rows(h)
     dmod = torch.empty(2 if y is None else 3, B, grid[0], C, dtype=torch.float32, device=h.device)
     modulate_backward[grid](
         dh, dout, h, gate, y, scale, dx, dy, dmod, N, rows, h.stride(0), h.stride(1),
         *((0, 0, 0) if y is None else (y.stride(0), y.stride(1), gate.stride(0))), scale.stride(0),
-        RESIDUAL=y is not None, **meta,
+        RESIDUAL=y is not None, **_meta(C),
     )  # fmt: skip
-    dshift, dscale, *dgate = dmod.sum(2, keepdim=True).type_as(scale)
+    dshift, dscale, *dgate = (part.sum(1, keepdim=True).type_as(scale) for part in dmod)
     return [dx, dshift, dscale] if y is None else [dx, dshift, dscale, dy, *dgate]
 
 
