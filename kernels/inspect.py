@@ -116,12 +116,17 @@ def backward(*outputs: torch.Tensor) -> None:
 
 
 def compiled(launch, *args, target: str) -> list:
-    """Calls `launch(*args)`, whose launches compile for `target` and run nothing; returns the compiled kernels."""
+    """Calls `launch(*args)`, whose launches compile for `target` and run nothing; returns the compiled kernels.
+
+    In place of a kernel that does not compile stands (its name, the error).
+    """
     kernels, run = [], JITFunction.run
 
     def warm_up(self, *args, grid, warmup, **kwargs):
-        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-        return kernels[-1]
+        try:
+            kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        except (RuntimeError, triton.TritonError) as error:
+            kernels.append((self.fn.__name__, str(error) or type(error).__name__))
 
     Driver.target, JITFunction.run = target, warm_up
     triton.runtime.driver.set_active(Driver())
@@ -142,6 +147,8 @@ def run_launchers_on_meta_tensors() -> None:
 
 def describe(kernel, target: str) -> dict:
     """Figures of one compiled kernel, from its machine code."""
+    if isinstance(kernel, tuple):
+        return dict(zip(("kernel", "error"), kernel), target=target)
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
         registers, stack, spills = (
@@ -290,12 +297,14 @@ def inspect(operation: str, target: str) -> list[dict]:
 
 
 def table_line(row: dict) -> str:
+    line = f"{row['operation']:<18}{row['kernel']:<19}{row['target']:<8}{','.join(map(str, row['lengths'])):<16}"
+    if "error" in row:
+        return f"{line}does not compile: {row['error']}"
     counts = lambda d: " ".join(f"{n} {name}" for name, n in d.items())  # noqa: E731
     share = "-" if row["share"] is None else f"{row['share']:.0%}"
     return (
-        f"{row['operation']:<18}{row['kernel']:<19}{row['target']:<8}{','.join(map(str, row['lengths'])):<16}{row['warps']:>5}{row['registers']:>5}"
-        f"{row['stack']:>6}{row['shared']:>8}  {counts(row['matrix']) or '-':<15}{row['loop'] or '-':>5}{share:>6}"
-        f"{row['atomics']:>8}  {counts(row['accesses'])}"
+        f"{line}{row['warps']:>5}{row['registers']:>5}{row['stack']:>6}{row['shared']:>8}  {counts(row['matrix']) or '-':<15}"
+        f"{row['loop'] or '-':>5}{share:>6}{row['atomics']:>8}  {counts(row['accesses'])}"
     )
 
 
@@ -307,10 +316,13 @@ def main() -> None:
     args = parser.parse_args()
     if not args.json:
         print(f"triton {triton.__version__}, bf16, batch {BATCH}, {HEADS} heads of {WIDTH}, {TEXT} text tokens")
-        print(f"{'operation':<18}{'kernel':<19}{'target':<8}{'tokens':<16}warps regs stack    smem  {'matrix':<15} loop share atomics  accesses")
+        print(
+            f"{'operation':<18}{'kernel':<19}{'target':<8}{'tokens':<16}warps regs stack    smem  {'matrix':<15} loop share"
+            " atomics  accesses"
+        )
     run_launchers_on_meta_tensors()
-    for operation in args.kernel or LAUNCHES:
-        for target in args.target or TARGETS:
+    for target in args.target or TARGETS:
+        for operation in args.kernel or LAUNCHES:
             for row in inspect(operation, target):
                 print(json.dumps(row) if args.json else table_line(row), flush=True)
 

@@ -34,6 +34,8 @@ def compile_without_interpreter(*command) -> list[dict]:
 
 def problems(row: dict) -> list[str]:
     """What is wrong with a production kernel; [] if nothing."""
+    if "error" in row:
+        return [row["error"]]
     direction = "forward" if "forward" in row["kernel"] else "backward"
     target, accesses, found = row["target"], row["accesses"], []
     if row["stack"] or row["spills"]:
