@@ -32,6 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     triton = None
 
@@ -48,26 +49,25 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 
 if triton:
     # Sizes and strides at entry of all three kernels: Q, OUT, DOUT, DQ (B, N, H, D); K, V, DK, DV (B, M, H, D), each
-    # with strides of batch, row and head (b, n, h) in elements and channels packed; MASK (B, M) packed or None;
-    # LSE, DELTA (B, H, N) packed fp32. Grid: (blocks of rows, B * H).
+    # with strides of batch, row and head (b, n, h) in elements, channels packed; MASK (B, M) packed or None; LSE, DELTA
+    # (B, H, N) packed fp32. Grid: (blocks of rows, B * H). What a loop walks over may be a tensor descriptor instead of
+    # a pointer. EVEN: the loop's length is a multiple of its block. Else the ragged tail is peeled off, the second turn
+    # of `for TAIL`, so that the loop itself masks nothing.
 
     @triton.jit
-    def _forward_step(
-        q, K, V, MASK, keys, M, acc, l, m, offs_k, offs_v, scale, TAIL: tl.constexpr, PRECISION: tl.constexpr
-    ):  # fmt: skip
-        inside = keys < M
-        k = tl.load(K + offs_k, mask=inside[:, None], other=0.0) if TAIL else tl.load(K + offs_k)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        if MASK is not None:
-            s = tl.where(tl.load(MASK + keys, mask=inside, other=0)[None, :] != 0, s, float("-inf"))
-        elif TAIL:
-            s = tl.where(inside[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        v = tl.load(V + offs_v, mask=inside[:, None], other=0.0) if TAIL else tl.load(V + offs_v)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        return acc, l * alpha + tl.sum(p, 1), m_new
+    def _load(X, b, h, start, rows, limit, x_b, x_n, x_h, D: tl.constexpr, TAIL: tl.constexpr):
+        """X[b, start + rows, h] -> (len(rows), D); with TAIL, rows beyond `limit` are zeros."""
+        if isinstance(X, tl.tensor_descriptor):  # copied by the tensor memory accelerator of sm_90 and later
+            return X.load([b, start, h, 0]).reshape(rows.shape[0], D)
+        else:
+            at = X + b.to(tl.int64) * x_b + h * x_h + start * x_n + (rows[:, None] * x_n + tl.arange(0, D)[None, :])
+            return tl.load(at, mask=(start + rows < limit)[:, None], other=0.0) if TAIL else tl.load(at)
+
+    @triton.jit
+    def _store(X, x, b, h, start, rows, limit, x_b, x_n, x_h, D: tl.constexpr):
+        X += b.to(tl.int64) * x_b + h * x_h + start * x_n
+        offs = rows[:, None] * x_n + tl.arange(0, D)[None, :]
+        tl.store(X + offs, x.to(X.dtype.element_ty), mask=(start + rows < limit)[:, None])
 
     @triton.jit
     def _forward(
@@ -75,50 +75,39 @@ if triton:
         q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, scale,
         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-        rows, keys, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
-        q = tl.load(Q + b * q_b + h * q_h + rows[:, None] * q_n + d[None, :], mask=rows[:, None] < N, other=0.0)
-        K += b * k_b + h * k_h
-        V += b * v_b + h * v_h
-        if MASK is not None:
-            MASK += b * M
-        offs_k, offs_v = keys[:, None] * k_n + d[None, :], keys[:, None] * v_n + d[None, :]
-
+        b, h, first = tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(0) * BLOCK_M
+        rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        q = _load(Q, b, h, first, rows, N, q_b, q_n, q_h, D, True)
         acc = tl.zeros((BLOCK_M, D), tl.float32)
         l = tl.zeros((BLOCK_M,), tl.float32)
         m = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: a row without keys must not make inf - inf
         full = M if EVEN else M // BLOCK_N * BLOCK_N
-        for start in tl.range(0, full, BLOCK_N):
-            acc, l, m = _forward_step(
-                q, K, V, MASK, start + keys, M, acc, l, m, offs_k, offs_v, scale, False, PRECISION
-            )
-            K += BLOCK_N * k_n
-            V += BLOCK_N * v_n
-        if not EVEN:  # the ragged tail is peeled off so that the loop masks nothing
-            acc, l, m = _forward_step(
-                q, K, V, MASK, full + keys, M, acc, l, m, offs_k, offs_v, scale, True, PRECISION
-            )
+        for TAIL in tl.static_range(1 if EVEN else 2):
+            for start in tl.range(full if TAIL else 0, M if TAIL else full, BLOCK_N):
+                k = _load(K, b, h, start, keys, M, k_b, k_n, k_h, D, TAIL)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+                s = _mask(s, MASK, b, start + keys, M, TAIL)
+                m_new = tl.maximum(m, tl.max(s, 1) * scale)
+                p = tl.exp2(s * scale - m_new[:, None])
+                alpha = tl.exp2(m - m_new)
+                l = l * alpha + tl.sum(p, 1)
+                acc = acc * alpha[:, None]
+                v = _load(V, b, h, start, keys, M, v_b, v_n, v_h, D, TAIL)
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+                m = m_new
         out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
         lse = tl.where(l == 0.0, float("inf"), m + tl.log2(l))  # inf: the backward pass finds p = 0 there
-        tl.store(OUT + b * o_b + h * o_h + rows[:, None] * o_n + d[None, :], out.to(q.dtype), mask=rows[:, None] < N)
-        tl.store(LSE + tl.program_id(1).to(tl.int64) * N + rows, lse, mask=rows < N)
+        _store(OUT, out, b, h, first, rows, N, o_b, o_n, o_h, D)
+        tl.store(LSE + tl.program_id(1).to(tl.int64) * N + first + rows, lse, mask=first + rows < N)
 
     @triton.jit
-    def _dq_step(
-        q, do, lse, delta, K, V, MASK, keys, M, dq, offs_k, offs_v, scale, TAIL: tl.constexpr, PRECISION: tl.constexpr
-    ):  # fmt: skip
-        inside = keys < M
-        k = tl.load(K + offs_k, mask=inside[:, None], other=0.0) if TAIL else tl.load(K + offs_k)
-        v = tl.load(V + offs_v, mask=inside[:, None], other=0.0) if TAIL else tl.load(V + offs_v)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+    def _mask(s, MASK, b, keys, M, TAIL: tl.constexpr):
+        """Scores (rows, keys) -> -inf where a key is beyond M or masked."""
         if MASK is not None:
-            s = tl.where(tl.load(MASK + keys, mask=inside, other=0)[None, :] != 0, s, float("-inf"))
-        elif TAIL:  # a padded key has s = 0, and exp2(0 - lse) may overflow
-            s = tl.where(inside[None, :], s, float("-inf"))
-        p = tl.exp2(s * scale - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            s = tl.where(tl.load(MASK + b.to(tl.int64) * M + keys, mask=keys < M, other=0)[None, :] != 0, s, float("-inf"))
+        elif TAIL:
+            s = tl.where((keys < M)[None, :], s, float("-inf"))
+        return s
 
     @triton.jit
     def _dq(
@@ -126,56 +115,28 @@ if triton:
         q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, scale, grad_scale,
         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-        rows, keys, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
-        offs_o = b * o_b + h * o_h + rows[:, None] * o_n + d[None, :]
-        row_in = rows < N
-        q = tl.load(Q + b * q_b + h * q_h + rows[:, None] * q_n + d[None, :], mask=row_in[:, None], other=0.0)
-        do = tl.load(DOUT + offs_o, mask=row_in[:, None], other=0.0)
-        out = tl.load(OUT + offs_o, mask=row_in[:, None], other=0.0)
+        b, h, first = tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(0) * BLOCK_M
+        rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        q = _load(Q, b, h, first, rows, N, q_b, q_n, q_h, D, True)
+        do = _load(DOUT, b, h, first, rows, N, o_b, o_n, o_h, D, True)
+        out = _load(OUT, b, h, first, rows, N, o_b, o_n, o_h, D, True)
+        offs = tl.program_id(1).to(tl.int64) * N + first + rows
         delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-        offs_lse = tl.program_id(1).to(tl.int64) * N + rows
-        tl.store(DELTA + offs_lse, delta, mask=row_in)
-        lse = tl.load(LSE + offs_lse, mask=row_in, other=float("inf"))
-        K += b * k_b + h * k_h
-        V += b * v_b + h * v_h
-        if MASK is not None:
-            MASK += b * M
-        offs_k, offs_v = keys[:, None] * k_n + d[None, :], keys[:, None] * v_n + d[None, :]
-
+        tl.store(DELTA + offs, delta, mask=first + rows < N)
+        lse = tl.load(LSE + offs, mask=first + rows < N, other=float("inf"))
         dq = tl.zeros((BLOCK_M, D), tl.float32)
         full = M if EVEN else M // BLOCK_N * BLOCK_N
-        for start in tl.range(0, full, BLOCK_N):
-            dq = _dq_step(
-                q, do, lse, delta, K, V, MASK, start + keys, M, dq, offs_k, offs_v, scale, False, PRECISION
-            )
-            K += BLOCK_N * k_n
-            V += BLOCK_N * v_n
-        if not EVEN:
-            dq = _dq_step(
-                q, do, lse, delta, K, V, MASK, full + keys, M, dq, offs_k, offs_v, scale, True, PRECISION
-            )
-        tl.store(DQ + offs_o, (dq * grad_scale).to(q.dtype), mask=row_in[:, None])
-
-    @triton.jit
-    def _dkdv_step(
-        k, v, takes_part, Q, DOUT, LSE, DELTA, rows, N, dk, dv, offs_q, offs_o, scale,
-        MASKED: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        row_in = rows < N
-        q = tl.load(Q + offs_q, mask=row_in[:, None], other=0.0) if TAIL else tl.load(Q + offs_q)
-        lse = tl.load(LSE + rows, mask=row_in, other=float("inf")) if TAIL else tl.load(LSE + rows)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: (BLOCK_N, BLOCK_M)
-        if MASKED:
-            s = tl.where(takes_part[:, None], s, float("-inf"))
-        p = tl.exp2(s * scale - lse[None, :])  # 0 in rows beyond N, where lse = inf
-        do = tl.load(DOUT + offs_o, mask=row_in[:, None], other=0.0) if TAIL else tl.load(DOUT + offs_o)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        delta = tl.load(DELTA + rows, mask=row_in, other=0.0) if TAIL else tl.load(DELTA + rows)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        return dk, dv
+        for TAIL in tl.static_range(1 if EVEN else 2):
+            for start in tl.range(full if TAIL else 0, M if TAIL else full, BLOCK_N):
+                k = _load(K, b, h, start, keys, M, k_b, k_n, k_h, D, TAIL)
+                v = _load(V, b, h, start, keys, M, v_b, v_n, v_h, D, TAIL)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+                s = _mask(s, MASK, b, start + keys, M, TAIL)  # s = 0 of a padded key: exp2(0 - lse) may overflow
+                p = tl.exp2(s * scale - lse[:, None])
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                ds = p * (dp - delta[:, None])
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        _store(DQ, dq * grad_scale, b, h, first, rows, N, o_b, o_n, o_h, D)
 
     @triton.jit
     def _dkdv(
@@ -183,45 +144,41 @@ if triton:
         q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, g_b, g_n, g_h, scale, grad_scale,
         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-        keys, rows, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, D)
-        key_in = keys < M
-        k = tl.load(K + b * k_b + h * k_h + keys[:, None] * k_n + d[None, :], mask=key_in[:, None], other=0.0)
-        v = tl.load(V + b * v_b + h * v_h + keys[:, None] * v_n + d[None, :], mask=key_in[:, None], other=0.0)
-        takes_part = key_in
+        b, h, first = tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(0) * BLOCK_N
+        rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        k = _load(K, b, h, first, keys, M, k_b, k_n, k_h, D, True)
+        v = _load(V, b, h, first, keys, M, v_b, v_n, v_h, D, True)
         if MASK is not None:
-            takes_part = tl.load(MASK + b * M + keys, mask=key_in, other=0) != 0
-        Q += b * q_b + h * q_h
-        DOUT += b * o_b + h * o_h
+            takes_part = tl.load(MASK + b.to(tl.int64) * M + first + keys, mask=first + keys < M, other=0) != 0
         LSE += tl.program_id(1).to(tl.int64) * N
         DELTA += tl.program_id(1).to(tl.int64) * N
-        offs_q, offs_o = rows[:, None] * q_n + d[None, :], rows[:, None] * o_n + d[None, :]
-
         dk, dv = tl.zeros((BLOCK_N, D), tl.float32), tl.zeros((BLOCK_N, D), tl.float32)
         full = N if EVEN else N // BLOCK_M * BLOCK_M
-        for start in tl.range(0, full, BLOCK_M):
-            dk, dv = _dkdv_step(
-                k, v, takes_part, Q, DOUT, LSE, DELTA, start + rows, N, dk, dv, offs_q, offs_o, scale,
-                MASK is not None, False, PRECISION,
-            )  # fmt: skip
-            Q += BLOCK_M * q_n
-            DOUT += BLOCK_M * o_n
-        if not EVEN:
-            dk, dv = _dkdv_step(
-                k, v, takes_part, Q, DOUT, LSE, DELTA, full + rows, N, dk, dv, offs_q, offs_o, scale,
-                MASK is not None, True, PRECISION,
-            )  # fmt: skip
-        offs_g = b * g_b + h * g_h + keys[:, None] * g_n + d[None, :]
-        tl.store(DK + offs_g, (dk * grad_scale).to(k.dtype), mask=key_in[:, None])
-        tl.store(DV + offs_g, dv.to(v.dtype), mask=key_in[:, None])
+        for TAIL in tl.static_range(1 if EVEN else 2):
+            for start in tl.range(full if TAIL else 0, N if TAIL else full, BLOCK_M):
+                i = start + rows
+                q = _load(Q, b, h, start, rows, N, q_b, q_n, q_h, D, TAIL)
+                lse = tl.load(LSE + i, mask=i < N, other=float("inf")) if TAIL else tl.load(LSE + i)
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: (BLOCK_N, BLOCK_M)
+                if MASK is not None:
+                    s = tl.where(takes_part[:, None], s, float("-inf"))
+                p = tl.exp2(s * scale - lse[None, :])  # 0 in rows beyond N, where lse = inf
+                do = _load(DOUT, b, h, start, rows, N, o_b, o_n, o_h, D, TAIL)
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                delta = tl.load(DELTA + i, mask=i < N, other=0.0) if TAIL else tl.load(DELTA + i)
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        _store(DK, dk * grad_scale, b, h, first, keys, M, g_b, g_n, g_h, D)
+        _store(DV, dv, b, h, first, keys, M, g_b, g_n, g_h, D)
 
 
 # {GPU family: {kernel: (BLOCK_M, BLOCK_N, warps, stages)}} for 16-bit tensors: a static table, so nothing is timed at
 # run time. Chosen by compiling ahead of time: no spills, the largest share of the main loop in the matrix units.
 CONFIGS = {
-    "sm_80": {"forward": (128, 64, 8, 2), "dq": (128, 32, 8, 3), "dkdv": (64, 64, 8, 3)},  # and sm_86, 89, 120
-    "sm_90": {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2)},
-    "sm_100": {"forward": (128, 128, 8, 2), "dq": (128, 128, 8, 2), "dkdv": (64, 128, 8, 2)},
+    "sm_80": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 3), "dkdv": (64, 64, 8, 3)},  # and sm_86, 89, 120
+    "sm_90": {"forward": (128, 128, 8, 2), "dq": (128, 128, 8, 2), "dkdv": (64, 128, 8, 3)},
+    "sm_100": {"forward": (128, 128, 8, 2), "dq": (128, 128, 8, 2), "dkdv": (64, 128, 8, 3)},
     "amd": {"forward": (128, 64, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (32, 64, 4, 2)},
     "interpreter": {"forward": (64, 32, 4, 1), "dq": (64, 32, 4, 1), "dkdv": (32, 64, 4, 1)},
 }
@@ -236,15 +193,23 @@ def gpu_family() -> str:
     return "amd" if target.backend == "hip" else {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
 
 
-def _launch(kernel, name: str, q: Tensor, k: Tensor, *args) -> None:
-    block_m, block_n, warps, stages = (CONFIG_FP32 if q.dtype == torch.float32 else CONFIGS[gpu_family()])[name]
-    rows, block, loop, step = q.shape[1], block_m, k.shape[1], block_n
-    if name == "dkdv":
-        rows, block, loop, step = loop, step, rows, block
+def _config(name: str, q: Tensor) -> tuple[int, int, int, int]:
+    return (CONFIG_FP32 if q.dtype == torch.float32 else CONFIGS[gpu_family()])[name]
+
+
+def _walked(x: Tensor, block: int) -> "Tensor | TensorDescriptor":
+    """x as its kernel's loop reads it. By pointers, addresses alone would spill registers on sm_90."""
+    if gpu_family() in ("sm_90", "sm_100"):
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, x.shape[3]])
+    return x
+
+
+def _launch(kernel, name: str, q: Tensor, rows: int, block: int, even: bool, *args) -> None:
+    block_m, block_n, warps, stages = _config(name, q)
     precision = "ieee" if q.dtype == torch.float32 else "tf32"  # says nothing to 16-bit products
     with torch.cuda.device_of(q):
         kernel[triton.cdiv(rows, block), q.shape[0] * q.shape[2]](
-            *args, q.shape[3], block_m, block_n, loop % step == 0, precision, num_warps=warps, num_stages=stages
+            *args, q.shape[3], block_m, block_n, even, precision, num_warps=warps, num_stages=stages
         )
 
 
@@ -257,9 +222,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
     assert q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"No attention kernel for {q.dtype}."
     for name, x in (("q", q), ("k", k), ("v", v)):
         assert x.stride(3) == 1, f"The last dimension of {name} must be contiguous."
-        steps = [stride * x.element_size() for size, stride in zip(x.shape, x.stride()[:3]) if size > 1]
+        steps = [stride * x.element_size() for stride in x.stride()[:3]]
         assert not any(step % 16 for step in steps), f"The strides of {name} must be multiples of 16 bytes, not {steps}."
-        assert x.is_meta or x.data_ptr() % 16 == 0, f"{name} must start at a multiple of 16 bytes."
+        assert x.data_ptr() % 16 == 0, f"{name} must start at a multiple of 16 bytes."
         assert x.shape[1] * x.stride(1) < 2**31, f"{name} is too long: offsets within a sample are 32-bit."
     if key_mask is not None:
         found = f"{key_mask.dtype} {tuple(key_mask.shape)}"
@@ -273,7 +238,9 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None =
     out, lse = q.new_empty(B, N, H, D), q.new_empty(B, H, N, dtype=torch.float32)
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
-    _launch(_forward, "forward", q, k, q, k, v, mask, out, lse, N, M, H, *strides, D**-0.5 * math.log2(math.e))
+    block_m, block_n, *_ = _config("forward", q)
+    args = q, _walked(k, block_n), _walked(v, block_n), mask, out, lse, N, M, H, *strides, D**-0.5 * math.log2(math.e)
+    _launch(_forward, "forward", q, N, block_m, M % block_n == 0, *args)
     return out, lse
 
 
@@ -287,9 +254,13 @@ def attention_backward(
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
     scales = D**-0.5 * math.log2(math.e), D**-0.5
-    _launch(_dq, "dq", q, k, q, k, v, mask, out, dout, lse, delta, dq, N, M, H, *strides, *scales)
+    block_m, block_n, *_ = _config("dq", q)
+    args = q, _walked(k, block_n), _walked(v, block_n), mask, out, dout, lse, delta, dq, N, M, H, *strides, *scales
+    _launch(_dq, "dq", q, N, block_m, M % block_n == 0, *args)
+    block_m, block_n, *_ = _config("dkdv", q)
     strides += dk.stride()[:3]
-    _launch(_dkdv, "dkdv", q, k, q, k, v, mask, dout, lse, delta, dk, dv, N, M, H, *strides, *scales)
+    args = _walked(q, block_m), k, v, mask, _walked(dout, block_m), lse, delta, dk, dv, N, M, H, *strides, *scales
+    _launch(_dkdv, "dkdv", q, M, block_n, N % block_m == 0, *args)
     return dq, dk, dv
 
 
