@@ -29,8 +29,6 @@ from pathlib import Path
 
 import torch
 
-if os.environ.get("TRITON_INTERPRET", "0") != "0":
-    sys.exit("kernels.inspect needs Triton's compiler, and TRITON_INTERPRET=1 asks for its interpreter: unset it.")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said aloud: else 3.9 warns that it may change
 
 try:
@@ -38,7 +36,11 @@ try:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 except ImportError:
-    sys.exit("kernels.inspect needs Triton: pip install triton (Linux).")
+    print("kernels.inspect needs Triton: pip install triton (Linux).", file=sys.stderr)
+    sys.exit(2)
+if triton.knobs.runtime.interpret:
+    print("kernels.inspect compiles, and TRITON_INTERPRET=1 asks for Triton's interpreter: unset it.", file=sys.stderr)
+    sys.exit(2)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -8,7 +8,8 @@ arithmetic and reductions work on the bit patterns. With this patch
 * arithmetic, comparisons and reductions of bf16 values raise: kernels compute in fp32;
 * a dot of fp32 tiles whose `input_precision` is tf32 (the default on a GPU) rounds its operands to tf32, so that a
   forgotten "ieee" shows;
-* floating-point lanes that a masked load leaves undefined (no `other`) hold NaN, not 0.
+* floating-point lanes that a masked load leaves undefined (no `other`) hold NaN, not 0;
+* scalars count as Python integers, in loop bounds for example, with numpy 2.4 also in Triton 3.6.
 
 Use: `import interpreter` at the top of a test of kernels. tests/test_interpreter.py tests it.
 """
@@ -99,6 +100,14 @@ def check_reduction(original):
     return wrapped
 
 
+def scalars_as_integers(original):
+    def wrapped(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    return wrapped
+
+
 for name, wrapper in {
     "cast_impl": cast, "create_fp_to_fp": cast, "create_dot": dot, "create_masked_load": masked_load,
     "binary_op": refuse_bf16, "unary_op": refuse_bf16, "create_idiv": refuse_bf16, "create_fma": refuse_bf16,
@@ -107,3 +116,4 @@ for name, wrapper in {
     setattr(Builder, name, wrapper(getattr(Builder, name)))
 Builder.get_bf16 = lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)  # 3.6 truncates here too
 stock.ReduceScanOpInterface.check_tensor = check_reduction(stock.ReduceScanOpInterface.check_tensor)
+stock._patch_lang_tensor = scalars_as_integers(stock._patch_lang_tensor)

@@ -50,6 +50,14 @@ def undefined_kernel(x_ptr, y_ptr, n, SIZE: tl.constexpr):
     tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n).to(tl.float32))
 
 
+@triton.jit
+def loop_kernel(y_ptr, n):
+    first, total = tl.program_id(0) + 1, 0
+    for i in range(first, first + n):
+        total += i
+    tl.store(y_ptr + tl.program_id(0), total)
+
+
 def every_bf16_neighbourhood() -> torch.Tensor:
     """Around each of the 65536 bf16 bit patterns: itself, the half-way point above, and one step to both sides."""
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)
@@ -102,3 +110,9 @@ def test_what_a_mask_leaves_undefined_is_nan(dtype):
     y = torch.empty(16)
     undefined_kernel[(1,)](torch.ones(16, dtype=dtype), y, 5, 16)
     assert torch.equal(y.isnan(), torch.arange(16) >= 5) and (y[:5] == 1).all()
+
+
+def test_scalars_bound_loops():
+    y = torch.empty(3, dtype=torch.int32)
+    loop_kernel[(3,)](y, 4)
+    assert y.tolist() == [1 + 2 + 3 + 4, 2 + 3 + 4 + 5, 3 + 4 + 5 + 6]
