@@ -16,7 +16,6 @@ bits every time.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -31,22 +30,32 @@ def qk_norm_rope_reference(streams: list[Tensor], scales: list[Tensor], pe: Tens
 
     scales: q's and k's of each stream in turn, each (D,); pe (N, D / 2, 2) fp32 (cos, sin).
     """
-    parts = []
-    for part in range(2):
-        x = [F.rms_norm(s[:, :, part].float(), w.shape, w.float(), 1e-6) for s, w in zip(streams, scales[part::2])]
-        parts.append(rotate(torch.cat(x, dim=1), pe).type_as(streams[0]))
-    if streams[0].shape[2] == 3:
-        parts.append(torch.cat([s[:, :, 2] for s in streams], dim=1))
-    return torch.stack(parts, dim=2)
+    # without autograd each stream is written to its place in the joint buffer, as the kernel does: the same values
+    in_place = streams[0].dtype == torch.float32 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    out = _joint(streams) if in_place else None
+    parts, start = [], 0
+    for i, x in enumerate(streams):
+        rows = slice(start, start + x.shape[1])
+        scale = torch.stack(scales[2 * i : 2 * i + 2]).float()[:, None]  # (2, 1, D)
+        parts.append(_norm_rope(x[:, :, :2].float(), scale, pe[rows], out[:, rows, :2] if in_place else None))
+        if in_place:
+            out[:, rows, 2:] = x[:, :, 2:]
+        start = rows.stop
+    if in_place:
+        return out
+    qk = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).type_as(streams[0])
+    return qk if streams[0].shape[2] == 2 else torch.cat((qk, torch.cat([x[:, :, 2:] for x in streams], dim=1)), dim=2)
 
 
-def rotate(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotates neighbouring channel pairs of x (B, N, H, D) fp32 by pe (N, D / 2, 2)."""
+def _norm_rope(x: Tensor, scale: Tensor, pe: Tensor, out: Tensor | None) -> Tensor:
+    """x (B, N, 2, H, D) fp32. vector_norm and complex numbers: twice as fast on a CPU as F.rms_norm and pairs."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    y = (x * torch.rsqrt(norm.square() / x.shape[-1] + 1e-6)).mul_(scale).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # which knows no complex numbers
-        (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), pe[:, None].unbind(-1)
+        (a, b), (cos, sin) = y.unbind(-1), pe[:, None, None].unbind(-1)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(pe)[:, None]).flatten(-2)
+    out = None if out is None else torch.view_as_complex(out.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(torch.mul(torch.view_as_complex(y), torch.view_as_complex(pe)[:, None, None], out=out)).flatten(-2)
 
 
 if triton is not None:
@@ -164,13 +173,9 @@ def _check(streams: list[Tensor], scales: list[Tensor], pe: Tensor) -> None:
     for x in streams:
         assert x.shape[2:] == (P, H, D) and x.shape[0] == B, "Streams must agree in all but their length."
         assert x.stride()[2:] == (H * D, D, 1), "The last three dimensions of a stream must be packed."
-        assert aligned(x), "Rows of a stream must begin at multiples of 16 bytes; make it contiguous."
-
-
-def aligned(x: Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes, so that threads read 128 bits at a time."""
-    size = x.element_size()
-    return x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0 and x.stride(1) * size % 16 == 0
+        assert x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0, (
+            "Rows must begin at multiples of 16 bytes and 8 elements (128-bit accesses); make the stream contiguous."
+        )
 
 
 @torch.library.custom_op("spatialdiff::qk_norm_rope", mutates_args=())
