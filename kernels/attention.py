@@ -49,9 +49,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 
 if triton:
     # Sizes and strides at entry of all three kernels: Q, OUT, DOUT, DQ (B, N, H, D); K, V, DK, DV (B, M, H, D), each
-    # with strides of batch, row and head (b, n, h) in elements, channels packed; MASK (B, M) packed or None; LSE, DELTA
-    # (B, H, N) packed fp32. Grid: (blocks of rows, B * H). What a loop walks over may be a tensor descriptor instead of
-    # a pointer. EVEN: the loop's length is a multiple of its block. Else the ragged tail is peeled off, the second turn
+    # with strides of batch, row and head (b, n, h) in elements, channels packed; LSE, DELTA (B, H, N)
+    # packed fp32; BIAS None or (B, M up to a multiple of 128) packed fp32: 0 for a key that takes part, else -inf.
+    # Grid: (blocks of rows, B * H). What a loop walks over may be a tensor descriptor instead of a pointer. EVEN: the loop's length is a multiple of its block. Else the ragged tail is peeled off, the second turn
     # of `for TAIL`, so that the loop itself masks nothing.
 
     @triton.jit
@@ -70,8 +70,17 @@ if triton:
         tl.store(X + offs, x.to(X.dtype.element_ty), mask=(start + rows < limit)[:, None])
 
     @triton.jit
+    def _mask(s, BIAS, b, keys, M, TAIL: tl.constexpr):
+        """Scores (rows, keys) -> -inf where a key is beyond M or masked."""
+        if BIAS is not None:
+            s += tl.load(BIAS + b * tl.cdiv(M, 128) * 128 + keys)[None, :]
+        elif TAIL:
+            s = tl.where((keys < M)[None, :], s, float("-inf"))
+        return s
+
+    @triton.jit
     def _forward(
-        Q, K, V, MASK, OUT, LSE, N, M, H,
+        Q, K, V, BIAS, OUT, LSE, N, M, H,
         q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, scale,
         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -86,7 +95,7 @@ if triton:
             for start in tl.range(full if TAIL else 0, M if TAIL else full, BLOCK_N):
                 k = _load(K, b, h, start, keys, M, k_b, k_n, k_h, D, TAIL)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-                s = _mask(s, MASK, b, start + keys, M, TAIL)
+                s = _mask(s, BIAS, b, start + keys, M, TAIL)
                 m_new = tl.maximum(m, tl.max(s, 1) * scale)
                 p = tl.exp2(s * scale - m_new[:, None])
                 alpha = tl.exp2(m - m_new)
@@ -101,17 +110,8 @@ if triton:
         tl.store(LSE + tl.program_id(1).to(tl.int64) * N + first + rows, lse, mask=first + rows < N)
 
     @triton.jit
-    def _mask(s, MASK, b, keys, M, TAIL: tl.constexpr):
-        """Scores (rows, keys) -> -inf where a key is beyond M or masked."""
-        if MASK is not None:
-            s = tl.where(tl.load(MASK + b.to(tl.int64) * M + keys, mask=keys < M, other=0)[None, :] != 0, s, float("-inf"))
-        elif TAIL:
-            s = tl.where((keys < M)[None, :], s, float("-inf"))
-        return s
-
-    @triton.jit
     def _dq(
-        Q, K, V, MASK, OUT, DOUT, LSE, DELTA, DQ, N, M, H,
+        Q, K, V, BIAS, OUT, DOUT, LSE, DELTA, DQ, N, M, H,
         q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, scale, grad_scale,
         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -131,7 +131,7 @@ if triton:
                 k = _load(K, b, h, start, keys, M, k_b, k_n, k_h, D, TAIL)
                 v = _load(V, b, h, start, keys, M, v_b, v_n, v_h, D, TAIL)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-                s = _mask(s, MASK, b, start + keys, M, TAIL)  # s = 0 of a padded key: exp2(0 - lse) may overflow
+                s = _mask(s, BIAS, b, start + keys, M, TAIL)  # s = 0 of a padded key: exp2(0 - lse) may overflow
                 p = tl.exp2(s * scale - lse[:, None])
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 ds = p * (dp - delta[:, None])
@@ -140,7 +140,7 @@ if triton:
 
     @triton.jit
     def _dkdv(
-        Q, K, V, MASK, DOUT, LSE, DELTA, DK, DV, N, M, H,
+        Q, K, V, BIAS, DOUT, LSE, DELTA, DK, DV, N, M, H,
         q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, o_b, o_n, o_h, g_b, g_n, g_h, scale, grad_scale,
         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -148,8 +148,6 @@ if triton:
         rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         k = _load(K, b, h, first, keys, M, k_b, k_n, k_h, D, True)
         v = _load(V, b, h, first, keys, M, v_b, v_n, v_h, D, True)
-        if MASK is not None:
-            takes_part = tl.load(MASK + b.to(tl.int64) * M + first + keys, mask=first + keys < M, other=0) != 0
         LSE += tl.program_id(1).to(tl.int64) * N
         DELTA += tl.program_id(1).to(tl.int64) * N
         dk, dv = tl.zeros((BLOCK_N, D), tl.float32), tl.zeros((BLOCK_N, D), tl.float32)
@@ -160,8 +158,6 @@ if triton:
                 q = _load(Q, b, h, start, rows, N, q_b, q_n, q_h, D, TAIL)
                 lse = tl.load(LSE + i, mask=i < N, other=float("inf")) if TAIL else tl.load(LSE + i)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: (BLOCK_N, BLOCK_M)
-                if MASK is not None:
-                    s = tl.where(takes_part[:, None], s, float("-inf"))
                 p = tl.exp2(s * scale - lse[None, :])  # 0 in rows beyond N, where lse = inf
                 do = _load(DOUT, b, h, start, rows, N, o_b, o_n, o_h, D, TAIL)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -169,6 +165,9 @@ if triton:
                 delta = tl.load(DELTA + i, mask=i < N, other=0.0) if TAIL else tl.load(DELTA + i)
                 ds = p * (dp - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if BIAS is not None:  # a masked key has met nothing but its own row: of no matter what it holds
+            takes_part = tl.load(BIAS + b * tl.cdiv(M, 128) * 128 + first + keys)[:, None] == 0.0
+            dk, dv = tl.where(takes_part, dk, 0.0), tl.where(takes_part, dv, 0.0)
         _store(DK, dk * grad_scale, b, h, first, keys, M, g_b, g_n, g_h, D)
         _store(DV, dv, b, h, first, keys, M, g_b, g_n, g_h, D)
 
@@ -176,7 +175,8 @@ if triton:
 # {GPU family: {kernel: (BLOCK_M, BLOCK_N, warps, stages)}} for 16-bit tensors: a static table, so nothing is timed at
 # run time. Chosen by compiling ahead of time: no spills, the largest share of the main loop in the matrix units.
 CONFIGS = {
-    "sm_80": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 3), "dkdv": (64, 64, 8, 3)},  # and sm_86, 89, 120
+    "sm_80": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 3), "dkdv": (64, 64, 8, 3)},
+    "sm_86": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 3), "dkdv": (64, 64, 8, 2)},  # and 89, 120: 99 KB of shared memory
     "sm_90": {"forward": (128, 128, 8, 2), "dq": (128, 128, 8, 2), "dkdv": (64, 128, 8, 3)},
     "sm_100": {"forward": (128, 128, 8, 2), "dq": (128, 128, 8, 2), "dkdv": (64, 128, 8, 3)},
     "amd": {"forward": (128, 64, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (32, 64, 4, 2)},
@@ -190,7 +190,7 @@ def gpu_family() -> str:
     if triton.knobs.runtime.interpret:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
-    return "amd" if target.backend == "hip" else {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
+    return "amd" if target.backend == "hip" else {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "sm_86")
 
 
 def _config(name: str, q: Tensor) -> tuple[int, int, int, int]:
@@ -202,6 +202,14 @@ def _walked(x: Tensor, block: int) -> "Tensor | TensorDescriptor":
     if gpu_family() in ("sm_90", "sm_100"):
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, x.shape[3]])
     return x
+
+
+def _bias(key_mask: Tensor | None) -> Tensor | None:
+    if key_mask is None:
+        return None
+    bias = F.pad(torch.zeros_like(key_mask, dtype=torch.float32), (0, -key_mask.shape[1] % 128), value=-math.inf)
+    bias[:, : key_mask.shape[1]].masked_fill_(~key_mask, -math.inf)
+    return bias
 
 
 def _launch(kernel, name: str, q: Tensor, rows: int, block: int, even: bool, *args) -> None:
@@ -236,10 +244,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None =
     _check(q, k, v, key_mask)
     (B, N, H, D), M = q.shape, k.shape[1]
     out, lse = q.new_empty(B, N, H, D), q.new_empty(B, H, N, dtype=torch.float32)
-    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    bias = _bias(key_mask)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
     block_m, block_n, *_ = _config("forward", q)
-    args = q, _walked(k, block_n), _walked(v, block_n), mask, out, lse, N, M, H, *strides, D**-0.5 * math.log2(math.e)
+    args = q, _walked(k, block_n), _walked(v, block_n), bias, out, lse, N, M, H, *strides, D**-0.5 * math.log2(math.e)
     _launch(_forward, "forward", q, N, block_m, M % block_n == 0, *args)
     return out, lse
 
@@ -251,15 +259,15 @@ def attention_backward(
     (B, N, H, D), M = q.shape, k.shape[1]
     dout = dout.contiguous()  # the kernels use the strides of out, which is contiguous
     dq, dk, dv, delta = torch.empty_like(out), *(q.new_empty(B, M, H, D) for _ in "kv"), torch.empty_like(lse)
-    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    bias = _bias(key_mask)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
     scales = D**-0.5 * math.log2(math.e), D**-0.5
     block_m, block_n, *_ = _config("dq", q)
-    args = q, _walked(k, block_n), _walked(v, block_n), mask, out, dout, lse, delta, dq, N, M, H, *strides, *scales
+    args = q, _walked(k, block_n), _walked(v, block_n), bias, out, dout, lse, delta, dq, N, M, H, *strides, *scales
     _launch(_dq, "dq", q, N, block_m, M % block_n == 0, *args)
     block_m, block_n, *_ = _config("dkdv", q)
     strides += dk.stride()[:3]
-    args = _walked(q, block_m), k, v, mask, _walked(dout, block_m), lse, delta, dk, dv, N, M, H, *strides, *scales
+    args = _walked(q, block_m), k, v, bias, _walked(dout, block_m), lse, delta, dk, dv, N, M, H, *strides, *scales
     _launch(_dkdv, "dkdv", q, M, block_n, N % block_m == 0, *args)
     return dq, dk, dv
 
