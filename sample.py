@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 import scenes
 from data import open_image, resize, save_png, side_by_side, working_size
 from model.text import unknown_words
@@ -45,6 +46,8 @@ def parse() -> argparse.Namespace:
                        "default: stage2 in --weights; without any: plain FLUX Kontext")
     model.add_argument("--no-ism", action="store_true", help="without spatial tokens (paper's ablation)")
     model.add_argument("--device", help="default: cuda if there is one, else cpu")
+    model.add_argument("--attention", default="auto", choices=kernels.ATTENTION,
+                       help="auto: on a GPU the faster of Triton and SDPA, timed once; a CPU has SDPA only")
     model.add_argument("--dtype", help="bfloat16 or float32; default: bfloat16, of the small presets on a CPU float32")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("edit.png"), help="PNG to write (default edit.png)")
@@ -77,6 +80,7 @@ def edit(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, since the edit carries its settings as PNG text; found {args.output}.")
     device, dtype, reason = choose_device(preset, args.device, args.dtype)
+    kernels.choose(args.attention)
 
     prompt, truth = args.prompt, None
     if args.image:
@@ -116,7 +120,7 @@ def edit(args: argparse.Namespace) -> None:
         f"SpatialDiff trained into {checkpoint}" if use_spatial else
         "spatial tokens left out, as asked" if "connector" in sources else
         f"plain FLUX Kontext, the paper's baseline{' with a LoRA' * ('lora' in sources)}: no Connector in {checkpoint}"))
-    print(f"device       {device} ({reason}), {str(dtype).removeprefix('torch.')}, kernels: PyTorch")
+    print(f"device       {device} ({reason}), {str(dtype).removeprefix('torch.')}, kernels: {kernels.describe(device)}")
     print("parameters   " + ", ".join(f"{part} {n / 1e6:.2f}M" for part, n in count.items())
           + f"; at most {held * dtype.itemsize / 1e9:.2f} GB of them at a time")
     print(f"edit         {W} x {H} pixels at {w} x {h}, {steps} steps, guidance {guidance}, seed {args.seed}, "

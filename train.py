@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 import scenes
 from data import SHARD, Triples, World, disparity, encode_scenes, load_images, save_png, scene_shards, side_by_side
 from model import lora
@@ -436,6 +437,7 @@ def parse() -> argparse.Namespace:
     loop("--seed", type=int, default=0)
     loop("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
     loop("--compile", action="store_true", help="torch.compile the transformer's blocks (needs a C++ compiler)")
+    loop("--attention", default="auto", choices=kernels.ATTENTION, help="auto: on a GPU the faster of Triton and SDPA, timed once")
     loop("--device", help="default: cuda if there is one, else cpu")
     loop("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and sample sheet")
     args = parser.parse_args()
@@ -496,7 +498,7 @@ def facts_at_start(task, recipe: Recipe, args: argparse.Namespace) -> None:
         return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
 
     precision = "bf16 autocast" if args.amp else "fp32 (this CPU has no bf16 matrix instructions)"
-    print(f"device       {args.device} ({args.why}), {torch.get_num_threads()} CPU threads, {precision}; kernels: PyTorch")
+    print(f"device       {args.device} ({args.why}), {torch.get_num_threads()} CPU threads, {precision}; kernels: {kernels.describe(args.device)}")
     for name, module in task.modules.items():
         learned = [p for p in module.parameters() if p.requires_grad]
         print(f"{name:13}{count(module.parameters())} parameters, {count(learned)} learned")
@@ -511,6 +513,7 @@ def main() -> None:
     args.weights, _ = default_folders(preset, args.weights, None)
     args.checkpoint = args.checkpoint or args.weights / "stage1"
     args.device, _, args.why = choose_device(preset, args.device, None)
+    kernels.choose(args.attention)
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     args.amp = args.device.type != "cpu" or fast_bf16
     torch.manual_seed(args.seed)

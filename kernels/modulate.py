@@ -24,9 +24,10 @@ except ImportError:  # the reference runs without it
 
 def modulate_reference(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) LayerNorm(x) + shift for x (B, N, C); shift, scale (B, 1, C)."""
+    h, shift, scale = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x, shift, scale))
     if x.shape[0] == 1:  # then they are LayerNorm's own weight and bias: one pass instead of three
-        return F.layer_norm(x.float(), x.shape[-1:], 1 + scale.float().flatten(), shift.float().flatten(), 1e-6).type_as(x)
-    return torch.addcmul(shift.float(), 1 + scale.float(), F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)).type_as(x)
+        return F.layer_norm(h, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), 1e-6).type_as(x)
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(h, x.shape[-1:], eps=1e-6)).type_as(x)
 
 
 def residual_modulate_reference(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels import attention, modulate, qk_norm_rope, residual_modulate
+
 
 @dataclass(frozen=True)
 class MMDiTConfig:
@@ -51,15 +53,6 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
     return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
 
-def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
-    """Rotates neighbouring channel pairs of x (B, H, N, D) by pe (N, D / 2, 2), in fp32."""
-    if torch.compiler.is_compiling():  # which knows no complex numbers
-        (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), pe.unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(pe)).flatten(-2)
-
-
 def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
     """Sinusoids of 1000 * t: t (B,) -> (B, dim) fp32, cosines first. t is the time in [0, 1] or the guidance scale.
 
@@ -69,18 +62,6 @@ def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
     omega = torch.exp(-math.log(10_000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
     angle = 1000.0 * t.float()[:, None] * omega
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """q, k, v (B, H, N, D) -> (B, N, H * D)."""
-    q, k = apply_rope(q, pe).type_as(v), apply_rope(k, pe).type_as(v)
-    if v.device.type == "cpu" and v.dtype == torch.bfloat16 and torch.is_grad_enabled() and v.shape[2] <= 512:
-        # torch's fused CPU backward is slow in bf16; short sequences afford the score matrix (3.5 x faster there)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        out = scores.float().softmax(dim=-1).type_as(v) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2)
 
 
 class MLPEmbedder(nn.Module):
@@ -115,20 +96,18 @@ class QKNorm(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.norm = QKNorm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
-    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return split_heads(self.qkv(x), self.num_heads, self.norm)
 
-
-def split_heads(qkv: Tensor, num_heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, N, 3 * H * D) -> q, k (normed, fp32), v: each (B, H, N, D)."""
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = norm(q, k)
-    return q, k, v
+def joint_qkv(qkvs: list[Tensor], norms: list[QKNorm], pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, N_i, 3 * H * D) of each stream -> q, k (normed and rotated) and v of the joint sequence, (B, N, H, D)."""
+    scales = [norm.scale for qk in norms for norm in (qk.query_norm, qk.key_norm)]
+    streams = [qkv.unflatten(-1, (3, -1, len(scales[0]))) for qkv in qkvs]  # (B, N_i, 3, H, D)
+    if len(streams) == 1:  # v stays where it is
+        return *qk_norm_rope([streams[0][:, :, :2]], scales, pe).unbind(2), streams[0][:, :, 2]
+    return qk_norm_rope(streams, scales, pe).unbind(2)
 
 
 class Modulation(nn.Module):
@@ -141,10 +120,6 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         return self.lin(F.silu(vec))[:, None].chunk(self.chunks, dim=-1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
 
 class DoubleStreamBlock(nn.Module):
@@ -167,15 +142,15 @@ class DoubleStreamBlock(nn.Module):
         i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = mods[:6]
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = mods[6:]
 
-        img_qkv = self.img_attn.qkv_heads(modulate(img, i_shift1, i_scale1))
-        txt_qkv = self.txt_attn.qkv_heads(modulate(txt, t_shift1, t_scale1))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))
-        txt_attn, img_attn = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
+        img_qkv = self.img_attn.qkv(modulate(img, i_shift1, i_scale1))
+        txt_qkv = self.txt_attn.qkv(modulate(txt, t_shift1, t_scale1))
+        attn = attention(*joint_qkv([txt_qkv, img_qkv], [self.txt_attn.norm, self.img_attn.norm], pe)).flatten(2)
+        txt_attn, img_attn = attn.split((txt.shape[1], img.shape[1]), dim=1)
 
-        img = img + i_gate1 * self.img_attn.proj(img_attn)
-        img = img + i_gate2 * self.img_mlp(modulate(img, i_shift2, i_scale2))
-        txt = txt + t_gate1 * self.txt_attn.proj(txt_attn)
-        txt = txt + t_gate2 * self.txt_mlp(modulate(txt, t_shift2, t_scale2))
+        img, x = residual_modulate(img, i_gate1, self.img_attn.proj(img_attn), i_shift2, i_scale2)
+        img = torch.addcmul(img, i_gate2, self.img_mlp(x))
+        txt, x = residual_modulate(txt, t_gate1, self.txt_attn.proj(txt_attn), t_shift2, t_scale2)
+        txt = torch.addcmul(txt, t_gate2, self.txt_mlp(x))
         return img, txt
 
 
@@ -184,7 +159,6 @@ class SingleStreamBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
-        self.num_heads = num_heads
         self.sizes = (3 * dim, int(dim * mlp_ratio))
         self.linear1 = nn.Linear(dim, sum(self.sizes))
         self.linear2 = nn.Linear(dim + self.sizes[1], dim)
@@ -197,8 +171,8 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, pe: Tensor, mods: tuple[Tensor, ...]) -> Tensor:
         shift, scale, gate = mods
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.sizes, dim=-1)
-        attn = attention(*split_heads(qkv, self.num_heads, self.norm), pe)
-        return x + gate * self.linear2(torch.cat((attn, F.gelu(mlp, approximate="tanh")), dim=-1))
+        attn = attention(*joint_qkv([qkv], [self.norm], pe)).flatten(2)
+        return torch.addcmul(x, gate, self.linear2(torch.cat((attn, F.gelu(mlp, approximate="tanh")), dim=-1)))
 
 
 class LastLayer(nn.Module):

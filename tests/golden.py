@@ -237,9 +237,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, **_) -> Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
 
 
-def rope_halves(x: Tensor, pe: Tensor) -> Tensor:
-    (a, b), (cos, sin) = x.float().chunk(2, dim=-1), pe.unbind(-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+def rope_halves(streams: list[Tensor], scales: list[Tensor], pe: Tensor, f=mmdit.qk_norm_rope) -> Tensor:
+    order = torch.arange(2 * pe.shape[1]).view(2, -1).mT.flatten()  # channel j beside channel j + D / 2
+    return f([x[..., order] for x in streams], [scale[order] for scale in scales], pe)[..., order.argsort()]
 
 
 def rope_2d_pairs(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -271,14 +271,22 @@ def of_time(change):
     return [(mmdit, "timestep_embedding", lambda t: embed(change(t)))]
 
 
-def split_heads_as(change):
-    """split_heads of a qkv whose channels (3, H, D) are changed."""
-    split = mmdit.split_heads
+def qkv_as(change):
+    """joint_qkv of other channels (3, H, D)."""
+    joint, heads = mmdit.joint_qkv, TINY.mmdit.num_heads
 
-    def wrong(qkv, heads, norm):
-        return split(change(qkv.unflatten(-1, (3, heads, -1)), heads).flatten(-3), heads, norm)
+    def wrong(qkvs, norms, pe):
+        return joint([change(qkv.unflatten(-1, (3, heads, -1)), heads).flatten(-3) for qkv in qkvs], norms, pe)
 
-    return [(mmdit, "split_heads", wrong)]
+    return [(mmdit, "joint_qkv", wrong)]
+
+
+def modulate_as(wrong):
+    """modulate, alone and after a residual, by another formula."""
+    return [
+        (mmdit, "modulate", wrong),
+        (mmdit, "residual_modulate", lambda x, gate, y, *mods: (x + gate * y, wrong(x + gate * y, *mods))),
+    ]
 
 
 def pack_channels_last(latent: Tensor) -> Tensor:
@@ -353,7 +361,7 @@ MISTAKES = {  # parts -> changes for `patched`
     "ids: spatial grid not stretched": lambda p: ids_with(
         lambda f, i, r, c: f(i, *((torch.arange(len(x)) for x in (r, c)) if i == 2 else (r, c)))
     ),
-    "RoPE: halves instead of neighbouring pairs": lambda p: [(mmdit, "apply_rope", rope_halves)],
+    "RoPE: halves instead of neighbouring pairs": lambda p: [(mmdit, "qk_norm_rope", rope_halves)],
     "sequence: rotations of the text last instead of first": lambda p: [
         (spatialdiff, "rope_table", lambda ids, *a, f=mmdit.rope_table: f(ids, *a).roll(-TINY.t5_length, dims=0))
     ],
@@ -365,7 +373,7 @@ MISTAKES = {  # parts -> changes for `patched`
         (mmdit, "timestep_embedding", lambda t, f=mmdit.timestep_embedding: f(t).roll(128, dims=1))
     ],
     "modulation: scale, shift, gate": lambda p: [
-        (mmdit, "modulate", lambda x, shift, scale, f=mmdit.modulate: f(x, scale, shift)),
+        *modulate_as(lambda x, shift, scale, f=mmdit.modulate: f(x, scale, shift)),
         (mmdit.LastLayer, "modulations", lambda s, v, f=mmdit.LastLayer.modulations: f(s, v)[::-1]),
     ],
     "modulation: no SiLU on vec": lambda p: [
@@ -374,16 +382,17 @@ MISTAKES = {  # parts -> changes for `patched`
     "final layer: scale before shift (diffusers' norm_out)": lambda p: [
         (mmdit.LastLayer, "modulations", lambda s, v, f=mmdit.LastLayer.modulations: f(s, v)[::-1])
     ],
-    "MMDiT: LayerNorm eps 1e-5": lambda p: [
-        (mmdit, "modulate", lambda x, shift, scale: (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-5) + shift)
-    ],
-    "MMDiT: channels in the order k, q, v": lambda p: split_heads_as(lambda x, heads: x[..., [1, 0, 2], :, :]),
-    "MMDiT: channels in the order q, v, k": lambda p: split_heads_as(lambda x, heads: x[..., [0, 2, 1], :, :]),
-    "MMDiT: (heads, 3, D) instead of (3, heads, D)": lambda p: split_heads_as(
+    "MMDiT: LayerNorm eps 1e-5": lambda p: modulate_as(
+        lambda x, shift, scale: (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-5) + shift
+    ),
+    "MMDiT: channels in the order k, q, v": lambda p: qkv_as(lambda x, heads: x[..., [1, 0, 2], :, :]),
+    "MMDiT: channels in the order q, v, k": lambda p: qkv_as(lambda x, heads: x[..., [0, 2, 1], :, :]),
+    "MMDiT: (heads, 3, D) instead of (3, heads, D)": lambda p: qkv_as(
         lambda x, heads: x.flatten(-3).unflatten(-1, (heads, 3, -1)).transpose(-2, -3)
     ),
     "MMDiT, Connector: scales of q and k norm left out": lambda p: [
-        (mmdit.RMSNorm, "forward", lambda s, x: F.rms_norm(x.float(), s.scale.shape, eps=1e-6))
+        (mmdit.RMSNorm, "forward", lambda s, x: F.rms_norm(x.float(), s.scale.shape, eps=1e-6)),
+        (mmdit, "qk_norm_rope", lambda x, scales, pe, f=mmdit.qk_norm_rope: f(x, [torch.ones_like(w) for w in scales], pe)),
     ],
     "MMDiT: exact GELU instead of tanh": lambda p: [
         (mmdit, "F", functional(gelu=exact_gelu)),
