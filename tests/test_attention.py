@@ -49,17 +49,23 @@ def joint(batch, n, heads, width, parts, dtype, generator, scale=1.0):
     return views
 
 
-def run(q, k, v, dout, key_mask=None):
+def run(q, k, v, dout, key_mask=None, function=attention_triton):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attention_triton(*leaves, key_mask)
+    out = function(*leaves, key_mask)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def compare(found, truth, tolerance, floor=0.0):
-    for name, a, b in zip(("o", "dq", "dk", "dv"), found, truth):
+def relative_error(a, b, floor=0.0):
+    return ((a.double() - b).abs().max() / b.abs().max().clamp_min(floor)).item()
+
+
+def compare(found, truth, tolerance, peer=None, slack=1.1, floor=0.0):
+    """With `peer` (torch's attention of the same dtype), `slack` times its error is allowed where that is more."""
+    for i, (name, a, b) in enumerate(zip(("o", "dq", "dk", "dv"), found, truth)):
         assert a.shape == b.shape and a.isfinite().all(), name
-        error = (a.double() - b).abs().max() / b.abs().max().clamp_min(floor)
-        assert error <= tolerance, f"{name}: {error:.1e}"
+        allowed = max(tolerance, slack * relative_error(peer[i], b, floor) if peer else 0.0)
+        error = relative_error(a, b, floor)
+        assert error <= allowed, f"{name}: {error:.1e} > {allowed:.1e}"
 
 
 @pytest.fixture(params=FAMILIES)
@@ -76,8 +82,10 @@ def test_lengths(family, n, m, width, dtype):
     q, *_ = joint(2, n, 2, width, 3, dtype, generator)
     k, v = joint(2, m, 2, width, 2, dtype, generator)
     dout = torch.randn(2, n, 2, width, generator=generator).to(dtype)
-    # with a single key dq and dk are 0 in theory: their error is measured against 1
-    compare(run(q, k, v, dout), exact(q, k, v, dout), TOLERANCE[dtype], floor=1.0 if m == 1 else 0.0)
+    # ds and the result are both rounded to 16 bits; over few keys that does not average out, for torch as for us.
+    # With a single key dq and dk are 0 in theory: their error is measured against 1.
+    peer = run(q, k, v, dout, function=attention_reference) if dtype != torch.float32 and min(n, m) < 100 else None
+    compare(run(q, k, v, dout), exact(q, k, v, dout), TOLERANCE[dtype], peer, floor=1.0 if m == 1 else 0.0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -99,23 +107,29 @@ def test_key_mask(family, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_extreme_logits(family, dtype, sign):
-    """Logits of +-hundreds: no overflow, also where every score of a row is far below zero and keys are padded."""
+@pytest.mark.parametrize("shift", [0, 250, -250])
+def test_extreme_logits(family, dtype, shift):
+    """Logits of standard deviation 30; or all near +-250, where 2^(0 - lse) of a padded key overflows.
+
+    A score of some hundreds carries as many units of rounding into every p, fp32 included, in torch as here.
+    """
     generator = torch.Generator().manual_seed(2)
-    q, k, v = joint(1, 67, 2, 64, 3, dtype, generator)
-    q.mul_(30)
-    k.copy_(sign * q * 0.1 + k * 0.5)
+    q, k, v = joint(1, 67, 2, 64, 3, dtype, generator, scale=1.0 if shift else 30**0.5)
+    if shift:
+        q[..., :8], k[..., :8] = 16.0, shift / 16.0  # 8 x 16 x shift / 16 / sqrt(64) = shift
     dout = torch.randn(q.shape, generator=generator).to(dtype)
-    compare(run(q, k, v, dout), exact(q, k, v, dout), TOLERANCE[dtype])
+    peer = run(q, k, v, dout, function=attention_reference)
+    compare(run(q, k, v, dout), exact(q, k, v, dout), TOLERANCE[dtype], peer, slack=2.0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_writes_stay_inside(family, dtype, monkeypatch):
     """Every output and scratch buffer is allocated inside NaN; what surrounds it stays NaN, all of it is written."""
-    buffers = []
+    buffers, original = [], torch.Tensor.new_empty
 
-    def new_empty(self, *shape, dtype=None):
+    def new_empty(self, *shape, dtype=None, **device):
+        if device:  # the interpreter's own
+            return original(self, *shape, dtype=dtype or self.dtype, **device)
         shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         x, buffer = guarded(shape, dtype or self.dtype)
         buffers.append(buffer)
