@@ -71,18 +71,23 @@ def production() -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+    reason=f"the budgets are set for Triton 3.9, this is {triton.__version__}: see `python -m kernels.inspect`",
+)
 def test_every_production_launch_keeps_its_budget(production):
     found = {f"{r['operation']} {r['kernel']} {r['target']} {r['lengths']}": problems(r) for r in production}
     assert not {name: what for name, what in found.items() if what}
 
 
 @pytest.mark.slow
-def test_nothing_is_left_out(production):
+def test_everything_compiles(production):
     for target in TARGETS:
         for n in (3584, 9728, 3500):
-            rows = [(r["operation"], r["kernel"]) for r in production if r["target"] == target and n in r["lengths"]]
+            rows = [r for r in production if r["target"] == target and n in r["lengths"]]
+            assert not [r for r in rows if "error" in r]
             for operation, kernels in {"attention": 3, "rope": 2, "modulate": 2, "residual_modulate": 2}.items():
-                names = {kernel for op, kernel in rows if op == operation}
+                names = {r["kernel"] for r in rows if r["operation"] == operation}
                 assert len(names) == kernels and sum("forward" in name for name in names) == 1, (target, n, operation)
 
 
