@@ -4,7 +4,8 @@
     python tests/bench.py --compile        adds torch.compile of the repeated blocks (needs a C++ compiler; minutes)
     python tests/bench.py --quick          a minute, to see that everything runs; the figures mean little
 
-A ratio is ours over theirs, of medians. Another load on the machine moves both sides, the ratio little. On a machine with
+A ratio is ours over theirs, of medians. Where other programs use the cores too, wall-clock times of two threads say nothing:
+with --threads 1 the process's own processor time is taken instead, which they hardly change. On a machine with
 CUDA the same command also times the kernels against torch's attention, FlashAttention (where installed) and the roofline;
 that part was written where there is no GPU and has never run on one.
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -62,6 +64,7 @@ RANK = 64
 PEER_LORA = (r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
              r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)")  # every linear layer of the blocks but modulation
 ROWS: list[dict] = []
+CLOCK = time.perf_counter
 
 
 def report(size: str, what: str, ours: float, theirs: float | None = None, target: float | None = None, unit="ms", note=""):
@@ -73,21 +76,22 @@ def report(size: str, what: str, ours: float, theirs: float | None = None, targe
     print(f"{size:5} {what:44} {' '.join(numbers)}  {verdict} {unit:8} {note}".rstrip(), flush=True)
 
 
-def alternate(sides: dict, runs: int, turn: float = 0.03) -> dict[str, float]:
+def alternate(sides: dict, runs: int, turn: float = 0.03, clock=None) -> dict[str, float]:
     """Median milliseconds of each side's call; the sides take turns of at least `turn` seconds, in both orders."""
+    clock = clock or CLOCK
     repeat = {}
     for name, side in sides.items():
         side()
-        began = time.perf_counter()
+        began = clock()
         side()
-        repeat[name] = max(1, round(turn / (time.perf_counter() - began)))
+        repeat[name] = max(1, round(turn / (clock() - began)))
     times = {name: [] for name in sides}
     for i in range(runs):
         for name in list(sides)[:: 1 if i % 2 else -1]:
-            began = time.perf_counter()
+            began = clock()
             for _ in range(repeat[name]):
                 sides[name]()
-            times[name].append((time.perf_counter() - began) / repeat[name] * 1e3)
+            times[name].append((clock() - began) / repeat[name] * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -369,6 +373,12 @@ def growth(name: str, args) -> None:
     report(name, "memory: growth / growth of N (1: linear)", p1 / p0, n1 / n0, 1.05, unit="times")
 
 
+def children() -> float:
+    """Processor seconds of the programs that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 PIPELINE = """
 import sys, torch
 from PIL import Image
@@ -413,11 +423,12 @@ def pictures(args) -> None:
         }
 
         def run(command) -> None:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, 
+                                  env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())})
             if done.returncode:
                 sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
 
-        ms = alternate({name: lambda c=c: run(c) for name, c in commands.items()}, args.picture_runs)
+        ms = alternate({name: lambda c=c: run(c) for name, c in commands.items()}, args.picture_runs, clock=children if args.threads == 1 else time.perf_counter)
     report("nano", "command to picture / diffusers' pipeline", ms["ours"], ms["theirs"], TARGET_PICTURE)
 
 
@@ -494,13 +505,20 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15, help="turns of each side (default 15)")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile of the repeated blocks")
     parser.add_argument("--quick", action="store_true", help="3 turns, the growth of memory at two lengths, one picture")
+    parser.add_argument("--threads", type=int, help="default: torch's; 1: processor time instead of the clock on the wall")
     parser.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args()
     args.runs, args.picture_runs = (3, 1) if args.quick else (args.runs, 5)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.threads == 1:
+        global CLOCK
+        CLOCK = time.process_time
     torch.manual_seed(0)
     rates = {str(dtype)[6:]: matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "
-          + ", ".join(f"{rate:.0f} GFLOP/s {dtype}" for dtype, rate in rates.items()) + f"; medians of {args.runs} turns")
+          + ", ".join(f"{rate:.0f} GFLOP/s {dtype}" for dtype, rate in rates.items()) + f"; medians of {args.runs} turns"
+          + " of processor time" * (args.threads == 1))
     print(f"{'':5} {'':44} {'ours':>9} {'theirs':>9} {'ratio':>7}  target")
     for name in [args.only] if args.only else SIZES:
         denoising(name, args, rates["float32"])
