@@ -7,7 +7,8 @@
 
 Each has a file with its mathematics, a PyTorch reference and Triton kernels. On a CPU the references run; Triton need
 not be installed. On a GPU norm-RoPE and modulation run in Triton, and attention in whatever is faster there: Triton or
-torch's scaled_dot_product_attention, timed once for each shape. `choose` overrides that.
+torch's scaled_dot_product_attention, timed once for each shape (fp32, which has no matrix units without rounding, in
+the latter). `choose` overrides that.
 """
 
 import torch
@@ -76,7 +77,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if triton is None or v.dtype not in KERNEL_DTYPES or v.shape[-1] not in (32, 64, 128):
         how = "sdpa"
     elif how == "auto":
-        how = "sdpa" if v.device.type != "cuda" else faster_attention(q, k, v)
+        how = "sdpa" if v.device.type != "cuda" or v.dtype == torch.float32 else faster_attention(q, k, v)
     return (attention_triton if how == "triton" else attention_reference)(q, k, v)
 
 
