@@ -57,8 +57,9 @@ if triton:
     # Sizes and strides at entry of all three kernels: Q, OUT, DOUT, DQ (B, N, H, D); K, V, DK, DV (B, M, H, D), each
     # with strides of batch, row and head (b, n, h) in elements, channels packed; LSE, DELTA (B, H, N)
     # packed fp32; BIAS None or (B, M up to a multiple of 128) packed fp32: 0 for a key that takes part, else -inf.
-    # Grid: (blocks of rows, B * H). What a loop walks over may be a tensor descriptor instead of a pointer. EVEN: the loop's length is a multiple of its block. Else the ragged tail is peeled off, the second turn
-    # of `for TAIL`, so that the loop itself masks nothing.
+    # Grid: (blocks of rows, B * H). What a loop walks over may be a tensor descriptor instead of a pointer. EVEN: the
+    # loop's length is a multiple of its block. Else the ragged tail is peeled off, the second turn of `for TAIL`, so
+    # that the loop itself masks nothing.
 
     @triton.jit
     def _load(X, b, h, start, rows, limit, x_b, x_n, x_h, D: tl.constexpr, TAIL: tl.constexpr):
@@ -197,7 +198,9 @@ def gpu_family() -> str:
     if triton.knobs.runtime.interpret:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
-    return "amd" if target.backend == "hip" else {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "sm_86")
+    if target.backend == "hip":
+        return "amd"
+    return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "sm_86")
 
 
 def _config(name: str, q: Tensor) -> tuple[int, int, int, int]:
