@@ -8,12 +8,14 @@ Every network is in model/; every choice the paper leaves open is a field of `Pr
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model import lora
 from model.connector import Connector, ConnectorConfig
@@ -327,16 +329,26 @@ def sample(model: SpatialDiff, cond: Condition, noise: Tensor, steps: int, guida
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
+class Uninitialised(TorchFunctionMode):
+    """Modules born inside draw no random weights, which on the meta device would cost seconds: torch takes its compiler
+    along to do nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
+
+
 def build(preset: Preset, part: str, device="cpu", dtype: torch.dtype | None = None) -> nn.Module:
     """One network of `PARTS`, with fresh weights (none on the meta device)."""
-    with torch.device(device):
+    with torch.device(device), Uninitialised() if torch.device(device).type == "meta" else nullcontext():
         module = PARTS[part](getattr(preset, part))
     return module.to(dtype) if dtype else module
 
 
 def sizes(network: str) -> dict[str, nn.Module]:
     """The sizes a network comes in, on the meta device: one a preset, or Depth Anything's three."""
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         if network == "depth":
             return {f"Depth Anything V2 {name}": DepthAnything(config) for name, config in DEPTH_CONFIGS.items()}
         return {f"preset {preset.name}": PARTS[network](getattr(preset, network)) for preset in PRESETS.values()}
@@ -457,7 +469,7 @@ def load_model(preset: Preset, sources: dict[str, Source], device="cpu", dtype=N
 
     Without a Connector the model has no spatial tokens to offer: `connector` and `spatial_head` are None.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         model = SpatialDiff(preset)
     for part in ("mmdit", "connector", "spatial_head"):
         setattr(model, part, load_part(preset, sources[part], device, dtype) if part in sources else None)

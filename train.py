@@ -299,7 +299,7 @@ def rate(recipe: Recipe, step: int) -> float:
 def optimizers(task, params: dict[str, nn.Parameter], recipe: Recipe, amp: bool) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in params.items() if recipe.muon_lr and p.ndim >= 2 and task.muon(n)]
     others = [p for p in params.values() if all(p is not m for m in matrices)]
-    made = [torch.optim.AdamW(others, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay)]
+    made = [torch.optim.AdamW(others, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True)]
     if matrices:
         made.append(Muon(matrices, recipe.muon_lr, 0.95, recipe.weight_decay, torch.bfloat16 if amp else torch.float32))
     for optimizer in made:

@@ -4,8 +4,9 @@
     attention          softmax(q k^T / sqrt(D)) v
     modulate           (1 + scale) LayerNorm(x) + shift
     residual_modulate  x + gate y, and modulate of it
+    gelu, beside_gelu  torch's own, or faster steps on a CPU
 
-Each has a file with its mathematics, a PyTorch reference and Triton kernels. On a CPU the references run; Triton need
+The first three have a file each with the mathematics, a PyTorch reference and Triton kernels. On a CPU the references run; Triton need
 not be installed. On a GPU norm-RoPE and modulation run in Triton, and attention in whatever is faster there: Triton or
 torch's scaled_dot_product_attention, timed once for each shape (fp32, which has no matrix units without rounding, in
 the latter). `choose` overrides that.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention_reference, attention_triton, triton
+from kernels.gelu import beside_gelu, gelu
 from kernels.modulate import modulate_reference, modulate_triton, residual_modulate_reference, residual_modulate_triton
 from kernels.rope import qk_norm_rope_reference, qk_norm_rope_triton
 

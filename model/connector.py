@@ -64,7 +64,8 @@ class Connector(nn.Module):
         self.grid = round(c.queries**0.5)
         if self.grid**2 != c.queries:
             raise ValueError(f"The queries form a square grid, but {c.queries} is not a square number.")
-        self.query = nn.Parameter(0.02 * torch.randn(c.queries, c.width))
+        self.query = nn.Parameter(torch.empty(c.queries, c.width))
+        nn.init.normal_(self.query, std=0.02)
         self.norm_in = nn.LayerNorm(c.in_dim)  # S is an un-normalised residual stream
         self.proj_in = nn.Linear(c.in_dim, c.width)
         self.blocks = nn.ModuleList(CrossAttentionBlock(c.width, c.heads, c.mlp_ratio) for _ in range(c.depth))

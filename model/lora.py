@@ -71,7 +71,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return self.base(x) + F.linear(F.linear(x, A), B) * self.scale
+        return torch.add(self.base(x), F.linear(F.linear(x, A), B), alpha=self.scale)
 
     def merged(self) -> nn.Linear:
         """The plain layer with weight W + scale * B A: the sum in fp32 (or W's dtype, if wider), rounded to it once."""

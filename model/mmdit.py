@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, modulate, qk_norm_rope, residual_modulate
+from kernels import attention, beside_gelu, gelu, modulate, qk_norm_rope, residual_modulate
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
     omega = torch.exp(-math.log(10_000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
     angle = 1000.0 * t.float()[:, None] * omega
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+class GELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
 
 
 class MLPEmbedder(nn.Module):
@@ -128,9 +133,7 @@ class DoubleStreamBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         for stream in ("img", "txt"):
-            mlp = nn.Sequential(
-                nn.Linear(dim, int(dim * mlp_ratio)), nn.GELU(approximate="tanh"), nn.Linear(int(dim * mlp_ratio), dim)
-            )
+            mlp = nn.Sequential(nn.Linear(dim, int(dim * mlp_ratio)), GELU(), nn.Linear(int(dim * mlp_ratio), dim))
             self.add_module(f"{stream}_mod", Modulation(dim, 6))
             self.add_module(f"{stream}_attn", SelfAttention(dim, num_heads))
             self.add_module(f"{stream}_mlp", mlp)
@@ -172,7 +175,7 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = mods
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.sizes, dim=-1)
         attn = attention(*joint_qkv([qkv], [self.norm], pe)).flatten(2)
-        return torch.addcmul(x, gate, self.linear2(torch.cat((attn, F.gelu(mlp, approximate="tanh")), dim=-1)))
+        return torch.addcmul(x, gate, self.linear2(beside_gelu(attn, mlp)))
 
 
 class LastLayer(nn.Module):

@@ -395,8 +395,8 @@ MISTAKES = {  # parts -> changes for `patched`
         (mmdit, "qk_norm_rope", lambda x, scales, pe, f=mmdit.qk_norm_rope: f(x, [torch.ones_like(w) for w in scales], pe)),
     ],
     "MMDiT: exact GELU instead of tanh": lambda p: [
-        (mmdit, "F", functional(gelu=exact_gelu)),
-        *((m, "approximate", "none") for m in norms(p["mmdit"], nn.GELU)),
+        (mmdit, "gelu", exact_gelu),
+        (mmdit, "beside_gelu", lambda attn, mlp: torch.cat((attn, F.gelu(mlp)), dim=-1)),
     ],
     "schedule: mu from target and reference tokens": lambda p: [
         (spatialdiff, "shift_mu", lambda preset, tokens, f=spatialdiff.shift_mu: f(preset, 2 * tokens))
