@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     model.add_argument("--device", help="default: cuda if there is one, else cpu")
     model.add_argument("--attention", default="auto", choices=kernels.ATTENTION,
                        help="auto: on a GPU the faster of Triton and SDPA, timed once; a CPU has SDPA only")
+    model.add_argument("--compile", action="store_true", help="torch.compile the transformer: pays from some dozens of steps on")
     model.add_argument("--dtype", help="bfloat16 or float32; default: bfloat16, of the small presets on a CPU float32")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("edit.png"), help="PNG to write (default edit.png)")
@@ -149,6 +150,8 @@ def edit(args: argparse.Namespace) -> None:
 
         # Denoise, and free the transformer.
         model = load_model(preset, {p: s for p, s in sources.items() if use_spatial or p in ('mmdit', 'lora')}, device, dtype)
+        if args.compile:
+            model.mmdit.compile_layers()
         noise = make_noise(preset, grid, [args.seed]).to(device)
         tokens, spatial = sample(model, cond, noise, steps, guidance, drop=True)
         depth = model.spatial_head(spatial) if args.depth else None  # (1, K, packed latent)

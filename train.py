@@ -436,7 +436,7 @@ def parse() -> argparse.Namespace:
     loop("--micro", type=int, help="samples a forward pass; gradients are accumulated to --batch")
     loop("--seed", type=int, default=0)
     loop("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
-    loop("--compile", action="store_true", help="torch.compile the transformer's blocks (needs a C++ compiler)")
+    loop("--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler)")
     loop("--attention", default="auto", choices=kernels.ATTENTION, help="auto: on a GPU the faster of Triton and SDPA, timed once")
     loop("--device", help="default: cuda if there is one, else cpu")
     loop("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and sample sheet")
@@ -562,8 +562,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
     task = FlowTask(editor, triples, "base" if part == "mmdit" else part, watch)
     editor.model.mmdit.checkpoint_blocks = args.recompute
     if args.compile:
-        for block in editor.model.mmdit.layers():
-            block.compile()
+        editor.model.mmdit.compile_layers()
     return task
 
 

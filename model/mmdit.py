@@ -215,6 +215,12 @@ class MMDiT(nn.Module):
         """Every modulated layer, in the order of `modulations`."""
         return [*self.double_blocks, *self.single_blocks, self.final_layer]
 
+    def compile_layers(self) -> None:
+        """torch.compile: one graph of the whole network where it is small, which saves the calls between graphs; else one
+        for each kind of layer, since the time to compile grows with the graph."""
+        for module in [self] if len(self.layers()) <= 16 else self.layers():
+            module.compile()
+
     def modulations(self, t: Tensor, guidance: Tensor, pooled: Tensor) -> list[tuple[Tensor, ...]]:
         """All adaLN modulations of one step, one tuple of (B, 1, C) tensors per layer.
 

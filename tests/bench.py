@@ -1,7 +1,7 @@
 """Speed and memory beside diffusers and peft, with the same weights: side by side in one process, taking turns.
 
     python tests/bench.py                  both networks: denoising step, training step, physical limit, memory; the miniature
-    python tests/bench.py --compile        adds torch.compile of the repeated blocks (needs a C++ compiler; minutes)
+    python tests/bench.py --compile        adds torch.compile, of the repeated blocks on their side (needs a C++ compiler; minutes)
     python tests/bench.py --quick          a minute, to see that everything runs; the figures mean little
 
 A ratio is ours over theirs, of medians. Where other programs use the cores too, wall-clock times of two threads say nothing:
@@ -236,7 +236,7 @@ def trainer(module: nn.Module, loss):
 
 def peer_trainer(peer, loss):
     params = [p for p in peer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, Recipe.lr, Recipe.betas, weight_decay=Recipe.weight_decay)
+    optimizer = torch.optim.AdamW(params, Recipe.lr, Recipe.betas, weight_decay=Recipe.weight_decay, fused=True)
 
     def step() -> Tensor:
         value = loss()
@@ -286,8 +286,7 @@ def denoising(name: str, args, fp32_rate: float) -> None:
     sides = {"ours": ours, "theirs": theirs, "limit": limit, "attention": lambda: limit(products.attention)}
     if args.compile:
         compiled, compiled_peer = deepcopy(model), deepcopy(peer)
-        for block in compiled.mmdit.layers():
-            block.compile()  # as in train.py
+        compiled.mmdit.compile_layers()
         compiled_peer.compile_repeated_blocks(fullgraph=True)
         sides["compiled"] = our_step(compiled, cond, x, t)
         sides["theirs compiled"] = torch.no_grad()(peer_velocity(compiled_peer, cond, x, t))
