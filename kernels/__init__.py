@@ -15,7 +15,8 @@ the latter). `choose` overrides that.
 import torch
 from torch import Tensor
 
-from kernels.attention import attention_reference, attention_triton, triton
+from kernels.attention import attention_reference, attention_triton
+from kernels.backend import triton
 from kernels.gelu import beside_gelu, gelu
 from kernels.modulate import modulate_reference, modulate_triton, residual_modulate_reference, residual_modulate_triton
 from kernels.rope import qk_norm_rope_reference, qk_norm_rope_triton
@@ -35,10 +36,10 @@ def choose(attention: str = "auto", fused: bool | None = None) -> None:
     global _attention, _fused
     if attention not in ATTENTION:
         raise ValueError(f"--attention must be one of {', '.join(ATTENTION)}, not {attention}.")
+    if attention == "triton" and not torch.cuda.is_available() and (triton is None or not triton.knobs.runtime.interpret):
+        raise ValueError("--attention triton needs a GPU; leave it at auto.")
     if triton is None and (attention == "triton" or fused):
         raise ValueError("Triton is not installed (it exists for Linux); leave --attention at auto.")
-    if attention == "triton" and not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-        raise ValueError("--attention triton needs a GPU; leave it at auto.")
     _attention, _fused = attention, fused
 
 

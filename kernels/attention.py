@@ -27,14 +27,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-try:
-    import triton
-    import triton.language as tl
+from kernels.backend import tl, triton
+
+if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    triton = None
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -53,7 +50,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
     return out.transpose(1, 2)
 
 
-if triton:
+if triton is not None:
     # Sizes and strides at entry of all three kernels: Q, OUT, DOUT, DQ (B, N, H, D); K, V, DK, DV (B, M, H, D), each
     # with strides of batch, row and head (b, n, h) in elements, channels packed; LSE, DELTA (B, H, N)
     # packed fp32; BIAS None or (B, M up to a multiple of 128) packed fp32: 0 for a key that takes part, else -inf.
@@ -308,14 +305,16 @@ def _backward(ctx, dout, dlse):
 _attention.register_autograd(_backward, setup_context=_setup)
 
 
-@register_flop_formula(torch.ops.spatialdiff.attention)
-def _flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
-    return 4 * math.prod(q_shape) * k_shape[1]  # two products
+if triton is not None:
+    from torch.utils.flop_counter import register_flop_formula  # a slow import
 
+    @register_flop_formula(torch.ops.spatialdiff.attention)
+    def _flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+        return 4 * math.prod(q_shape) * k_shape[1]  # two products
 
-@register_flop_formula(torch.ops.spatialdiff.attention_backward)
-def _backward_flops(dout_shape, q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
-    return 10 * math.prod(q_shape) * k_shape[1]  # five; recomputed ones do not count, as for torch's own attention
+    @register_flop_formula(torch.ops.spatialdiff.attention_backward)
+    def _backward_flops(dout_shape, q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+        return 10 * math.prod(q_shape) * k_shape[1]  # five; recomputed ones do not count, as for torch's own attention
 
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
