@@ -24,7 +24,6 @@ import kernels
 import scenes
 from data import open_image, resize, save_png, side_by_side, working_size
 from model.text import unknown_words
-from model.weights import digest
 from spatialdiff import (
     PRESETS, Condition, build, choose_device, choose_preset, decode_depth, decode_image, default_folders, encode_geometry,
     encode_image, encode_text, find_frozen, find_learned, load_model, load_part, load_tokenizers, make_noise, sample,
@@ -105,7 +104,7 @@ def edit(args: argparse.Namespace) -> None:
         raise ValueError("--depth needs the spatial tokens and their head, but "
                          + (f"{checkpoint} does not hold both." if not args.no_ism else "--no-ism leaves them out."))
     sha256 = ThreadPoolExecutor(1).submit(  # of the weights, while the networks run
-        lambda: hashlib.sha256("".join(digest(path) for s in sources.values() for path in s.files).encode()).hexdigest())
+        lambda: hashlib.sha256("".join(source.digest() for source in sources.values()).encode()).hexdigest())
 
     # The facts.
     H, W = picture.shape[:2]

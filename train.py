@@ -9,7 +9,6 @@ python train.py --stage 2 --weights weights --checkpoint runs/kontext1.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -30,7 +29,7 @@ from model.mmdit import MMDiT
 from model.spatial_head import SpatialHead
 from model.text import build_word_tokenizer
 from model.vae import AutoEncoder
-from model.weights import digest, read_tensors, save_tensors, to_json
+from model.weights import read_tensors, save_tensors, to_json
 from spatialdiff import (
     PRESETS, Condition, Editor, Preset, SpatialDiff, build, choose_device, choose_preset, default_folders, depth_target,
     encode_geometry, encode_image, encode_text, find_frozen, load, load_part, load_tokenizers, losses, make_noise, sample,
@@ -556,7 +555,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
         return VGGTTask(preset, shards[:24], args.device)
     kinds = ("move",) if part in "12" else ("move", "recolour", "remove", "add", "identity")
     networks = ("vae",) if editor.vggt is None else ("vae", "vggt")
-    hashes = {name: hashlib.sha256("".join(map(digest, sources[name].files)).encode()).hexdigest()[:8] for name in networks}
+    hashes = {name: sources[name].digest()[:8] for name in networks}
     triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes)
     watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level, "seen", preset.side, extras=False) for i in range(8)]
     task = FlowTask(editor, triples, "base" if part == "mmdit" else part, watch)

@@ -6,10 +6,10 @@
     residual_modulate  x + gate y, and modulate of it
     gelu, beside_gelu  torch's own, or faster steps on a CPU
 
-The first three have a file each with the mathematics, a PyTorch reference and Triton kernels. On a CPU the references run; Triton need
-not be installed. On a GPU norm-RoPE and modulation run in Triton, and attention in whatever is faster there: Triton or
-torch's scaled_dot_product_attention, timed once for each shape (fp32, which has no matrix units without rounding, in
-the latter). `choose` overrides that.
+All but the last have a file with the mathematics, a PyTorch reference and Triton kernels. On a CPU the references run;
+Triton need not be installed. On a GPU norm-RoPE and modulation run in Triton, and attention in whatever is faster there:
+Triton or torch's scaled_dot_product_attention, timed once for each shape (fp32, which has no matrix units without
+rounding, in the latter). `choose` overrides that.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.attention import attention_reference, attention_triton
 from kernels.backend import triton
-from kernels.gelu import beside_gelu, gelu
+from kernels.gelu import beside_gelu, gelu  # noqa: F401  for the model
 from kernels.modulate import modulate_reference, modulate_triton, residual_modulate_reference, residual_modulate_triton
 from kernels.rope import qk_norm_rope_reference, qk_norm_rope_triton
 

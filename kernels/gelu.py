@@ -12,19 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 TWO_U = 2 * math.sqrt(2 / math.pi)  # 2 u = TWO_U (x + 0.044715 x^3)
 
 
+def cpu_fp32(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32
+
+
 def in_place(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return cpu_fp32(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     """`out`: where to put the result; eager and without gradients only."""
     if in_place(x):
         return torch.addcmul(x.new_full((), TWO_U), x, x, value=0.044715 * TWO_U, out=out).mul_(x).sigmoid_().mul_(x)
-    if x.is_cpu and torch.compiler.is_compiling():
+    if cpu_fp32(x) and torch.compiler.is_compiling():
         return x * torch.sigmoid(x * (TWO_U + 0.044715 * TWO_U * x * x))
     return F.gelu(x, approximate="tanh")
 

@@ -92,3 +92,20 @@ def test_widths_without_a_kernel_run_in_pytorch():
         x = torch.randn(1, 3, 64, dtype=torch.float64)
         kernels.modulate(x, x[:, :1], x[:, :1])
     assert not ops.names
+
+
+@pytest.mark.parametrize("how", ["in place", "with gradients", "traced", "bf16"])
+def test_gelu(how):
+    """Every form against float64, far values too; [attn, gelu(mlp)] is the same beside attn."""
+    x = torch.cat((torch.linspace(-9, 9, 1001), torch.tensor([-1e20, -40.0, 40.0, 1e20]))).view(1, 3, -1)
+    attn = torch.arange(6.0).view(1, 3, 2)
+    if how == "bf16":
+        x, attn = x.bfloat16(), attn.bfloat16()
+    u = (2 / torch.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3)
+    truth = 0.5 * x.double() * (1 + torch.tanh(u))
+    both = lambda attn, x: (kernels.gelu(x), kernels.beside_gelu(attn, x))  # noqa: E731
+    both = torch.compile(both, backend="eager", fullgraph=True) if how == "traced" else both
+    with torch.set_grad_enabled(how == "with gradients"):
+        alone, joint = both(attn, x.clone())
+    torch.testing.assert_close(alone.double(), truth, rtol=1e-2 if how == "bf16" else 1e-6, atol=1e-2 if how == "bf16" else 1e-6)
+    assert torch.equal(joint[..., :2], attn) and torch.equal(joint[..., 2:], alone)
