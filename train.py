@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import kernels
 import scenes
-from data import SHARD, Triples, World, disparity, encode_scenes, load_images, save_png, scene_shards, side_by_side
+from data import save_png, side_by_side
 from model import lora
 from model.mmdit import MMDiT
 from model.spatial_head import SpatialHead
@@ -35,6 +35,7 @@ from spatialdiff import (
     encode_geometry, encode_image, encode_text, find_frozen, load, load_part, load_tokenizers, losses, make_noise, sample,
     sample_times, to_uint8, to_unit,
 )
+from triples.encode import SHARD, Triples, World, disparity, encode_scenes, load_images, scene_shards
 
 LOG_EVERY = 50
 TIME_BINS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 1.0)  # the loss is logged in each

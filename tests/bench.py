@@ -76,7 +76,7 @@ def report(size: str, what: str, ours: float, theirs: float | None = None, targe
     print(f"{size:5} {what:44} {' '.join(numbers)}  {verdict} {unit:8} {note}".rstrip(), flush=True)
 
 
-def alternate(sides: dict, runs: int, turn: float = 0.03, clock=None) -> dict[str, float]:
+def alternate(sides: dict, runs: int, turn: float = 0.1, clock=None) -> dict[str, float]:
     """Median milliseconds of each side's call; the sides take turns of at least `turn` seconds, in both orders."""
     clock = clock or CLOCK
     repeat = {}
@@ -342,8 +342,18 @@ def training(name: str, args) -> None:
         return flow.mean() + full.preset.gss_weight * gss
 
     sides["method"] = trainer(full, method)
+    if args.compile:
+        compiled, compiled_peer = deepcopy(model), deepcopy(peer)
+        compiled.mmdit.compile_layers()
+        compiled_peer.compile_repeated_blocks(fullgraph=True)
+        sides["compiled"] = trainer(compiled, lambda: losses(compiled, cond, target, x, t, None)[0].mean())
+        faster = peer_velocity(compiled_peer, cond, (1 - t) * target + t * x, t)
+        sides["theirs compiled"] = peer_trainer(compiled_peer, lambda: F.mse_loss(faster(), x - target))
     ms = alternate(sides, args.runs)
     report(name, "training step, LoRA / diffusers + peft", ms["ours"], ms["theirs"], SIZES[name].targets["train"])
+    if args.compile:
+        report(name, "compiled training / diffusers + peft eager", ms["compiled"], ms["theirs"])
+        report(name, "compiled training / theirs compiled", ms["compiled"], ms["theirs compiled"])
     report(name, f"our method: LoRA, Connector, {c.queries} spatial tokens, GSS", ms["method"], note="fused LoRA, as train.py")
     peaks = []
     for key in ("ours", "theirs"):

@@ -1,12 +1,12 @@
-"""Rendered training triples: what is encoded belongs together.     python -m pytest tests/test_data.py"""
+"""Rendered training triples: what is encoded belongs together.     python -m pytest tests/test_encode.py"""
 
 import numpy as np
 import pytest
 import torch
 
-import data
 import scenes
-from data import World, disparity, encode_scenes, load_images, render_shard
+from triples import encode
+from triples.encode import World, disparity, encode_scenes, load_images, render_shard
 from spatialdiff import PRESETS, build, depth_target, encode_geometry, encode_image
 from train import batch_indices
 
@@ -19,7 +19,7 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     paths = [folder / f"{i:04}.safetensors" for i in range(2)]
     patch = pytest.MonkeyPatch()
-    patch.setattr(data, "SHARD", 3)
+    patch.setattr(encode, "SHARD", 3)
     for i, path in enumerate(paths):
         render_shard((WORLD, i, path))
     patch.undo()
