@@ -1,0 +1,381 @@
+"""Writes instructions for pairs of pictures: a vision-language model is asked, its sentence checked against the masks.
+
+    python data.py instruct pairs.jsonl --out triples.jsonl --url http://localhost:8000/v1 --model Qwen/Qwen3-VL-32B-Instruct
+
+In: triples as JSON lines without instructions; out: the same with them. The paper has Qwen3-VL-32B-Instruct write
+SpatialDiff's training sentences and publishes no prompt; prompt and checks here are ours. A sentence that fails a check
+is asked for once more with the reasons; when that fails as well, one made from the masks takes its place.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data import PICTURES, open_image, read_labels, read_mask, read_rows, relative, resize, resolve, write_rows
+from evaluation import chat
+
+VERSION = "move-1"  # of PROMPT: another version asks anew
+
+PROMPT = """\
+The two pictures show one scene through a camera that stands still. Exactly one object has been moved from where it is \
+in BEFORE to where it is in AFTER; nothing else differs.{hint}
+
+Write the one English sentence that asks an editor, who sees only BEFORE, for the move that leads to AFTER.
+- A command of 6 to 20 words that begins with Move, Place, Put, Shift, Slide, Bring or Relocate.
+- Call the object by a name that fits no other object in view.
+- Give its new place by other visible objects or by the view: to the left of, to the right of, in front of, behind, \
+between, next to, closer to the camera, farther away from the camera, in the near left corner and the like. Left and \
+right are the viewer's.
+- Do not give numbers or coordinates. Do not speak of images, or of before and after. Do not describe the background. \
+Do not name a second object to be moved. Do not guess how the object was made ("a 3D model"). The camera does not move.
+
+Answer with one JSON object and nothing else, for example
+{{"object": "the blue mug", "relation": "behind", "reference": ["the teapot"], "instruction": "Put the blue mug behind the teapot."}}
+{{"object": "the wooden stool", "relation": "closer and right", "reference": [], "instruction": "Slide the wooden stool to the right and closer to the camera."}}"""
+
+RETRY = "\n\nYour earlier answer was rejected: {reasons}. It read: {answer}\nLook again and write another."
+
+VERBS = ("move", "place", "put", "shift", "slide", "bring", "relocate")
+BANNED = frozenset("""image images picture pictures photo photos pixel pixels coordinate coordinates first second before after
+    percent 3d render rendering""".split())
+COLOURS = frozenset("red orange yellow green cyan blue purple violet pink brown black white gray grey golden silver".split())
+# Words that several objects share: they do not show that the right one is meant.
+ADJECTIVES = COLOURS | frozenset("""small big large tiny little tall short long old new dark light bright wooden metal metallic plastic rubber
+    stone glass striped round square object thing item model piece shape a an the of with and in on to for its at""".split())
+WHERE = frozenset("""left right front behind between next beside near nearer close closer toward towards farther further away
+    back backward backwards forward forwards corner center centre middle foreground background edge against along opposite
+    leftward leftwards rightward rightwards rear side front under above onto""".split())
+SHIFT = 0.03  # of the width: the least sideways move that "left" and "right" may be said of
+RISE, GROWTH = 0.01, 1.1  # of the height, of the area: the least sign of a move in depth
+SWAPPED = "it describes the way back, from AFTER to BEFORE"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mask lies, in shares of the picture's width and height, y down; area of both."""
+
+    x: float  # centroid
+    y: float
+    bottom: float  # lower edge: on a floor, larger is nearer to the camera
+    area: float
+    box: tuple[float, float, float, float]  # left, top, right, bottom
+
+    @staticmethod
+    def of(mask: np.ndarray | None) -> "Place | None":
+        """None for no mask or one without pixels."""
+        if mask is None or not mask.any():
+            return None
+        (H, W), (y, x) = mask.shape, np.nonzero(mask)
+        box = x.min() / W, y.min() / H, (x.max() + 1) / W, (y.max() + 1) / H
+        return Place((x.mean() + 0.5) / W, (y.mean() + 0.5) / H, box[3], len(x) / mask.size, box)
+
+    def distance(self, other: "Place") -> float:
+        return float(np.hypot(self.x - other.x, self.y - other.y))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a move. Without masks there are no places; without label masks no others."""
+
+    names: tuple[str, ...] = ()  # of the moved object: description, category
+    start: Place | None = None
+    end: Place | None = None
+    others: dict[str, list[Place]] = field(default_factory=dict)  # name -> places in the target picture
+
+
+def facts(jsonl: str | Path, row: dict) -> Facts:
+    """The facts of a row of a JSON-lines file; FileNotFoundError or ValueError for a mask that cannot be read."""
+    thing, objects, label = row.get("object") or {}, row.get("objects") or {}, row.get("mask_label")
+    names = [thing.get("description"), thing.get("category"), objects.get(str(label))]
+    names = dict.fromkeys(re.sub(r"^(a|an|the) ", "", name.strip().rstrip(".").lower()) for name in names if name)
+    others = {}
+    if label and row.get("mask_tgt"):
+        labels = read_labels(resolve(jsonl, row, "mask_tgt"))
+        for other in np.unique(labels[labels > 0]):
+            name = objects.get(str(other))
+            if other != label and name and (labels == other).mean() > 0.002:
+                others.setdefault(re.sub(r"^(a|an|the) ", "", name.lower()), []).append(Place.of(labels == other))
+    start, end = (Place.of(read_mask(jsonl, row, key)) for key in ("mask_ref", "mask_tgt"))
+    return Facts(tuple(names), *((start, end) if start and end else (None, None)), others)
+
+
+# The checks
+
+
+def stem(word: str) -> str:
+    """Singular, roughly: boxes box, berries berry, cars car."""
+    for ending, single in (("ies", "y"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("shes", "sh"), ("s", "")):
+        if word.endswith(ending) and len(word) > len(ending) + 2 and not word.endswith("ss"):
+            return word[:-len(ending)] + single
+    return word
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def nouns(text: str) -> set[str]:
+    """Stems of the words that tell one kind of object from another; of all words if there are no such."""
+    return {stem(w) for w in words(text) if w not in ADJECTIVES} or {stem(w) for w in words(text)}
+
+
+def named(phrase: str | None, known: Facts) -> Place | None:
+    """The place of the one other object that the beginning of `phrase` names; None if it names none or several."""
+    phrase = re.split(r"[,.;]| and | so | in | on | at | near | close", phrase or "")[0]
+    found = {name: places for name, places in known.others.items() if nouns(phrase) & nouns(name)}
+    if len(found) > 1:  # "the red cube" among cubes: by all words
+        found = {name: places for name, places in found.items() if set(words(name)) <= set(words(phrase))}
+    places = [place for group in found.values() for place in group]
+    return places[0] if len(places) == 1 else None
+
+
+OF = r"(?: of (?P<ref>[^,.;]+))?"
+CORNER = re.compile(r"\b(near|front|bottom|lower|far|back|rear|top|upper)?[ -]?(left|right)(?:[ -]hand)? corner\b")
+BETWEEN = re.compile(r"\bbetween (?P<one>[^,.;]+?) and (?P<two>[^,.;]+)")
+# "right behind" is no side, and neither is "the right shoe" when it is the object, whose name is taken out beforehand.
+SIDE = re.compile(r"\b(left|right)(?:wards?)?\b(?! (?:next|beside|behind|in|between|near|by|at|up)\b)"
+                  r"(?:[ -]hand)?(?: (?:side|edge|half|part|third|end))?" + OF)
+FRONT = re.compile(r"\b(?P<word>front|behind|back)\b(?: of)?(?: (?P<ref>[^,.;]+))?")
+DEPTH = re.compile(r"\b(?P<word>closer|nearer|forwards?|foreground|towards?|farther|further|away|backwards?|background|rear)\b"
+                   r"(?: away| back)?(?: (?:to|from))?(?: (?P<ref>[^,.;]+))?")
+VIEWER = re.compile(r"(?:the |us\b|me\b|you\b)?(?:camera|viewer|observer|foreground|front|lens)?")
+
+
+def directions(text: str, known: Facts, start: Place, end: Place) -> list[tuple[str, bool]]:
+    """What `text` says of a move from start to end, and whether it holds: [(words, holds)].
+
+    Beside an object whose place is known ("left of the chair") the object's place counts; else the way that it went.
+    """
+    closer = end.bottom - start.bottom > RISE or end.area > GROWTH * start.area
+    farther = start.bottom - end.bottom > RISE or start.area > GROWTH * end.area
+    said = []
+    for m in CORNER.finditer(text):
+        near = {"near": True, "front": True, "bottom": True, "lower": True, None: None}.get(m[1], False)
+        said.append((m[0], (end.x < 1 / 3 if m[2] == "left" else end.x > 2 / 3)
+                     and (near is None or (end.y > 1 / 2 if near else end.y < 1 / 2))))
+    text = CORNER.sub("", text)
+    for m in BETWEEN.finditer(text):
+        pair = [named(m["one"], known), named(m["two"], known)]
+        xs = [p.x for p in (pair if all(pair) else sum(known.others.values(), []))]
+        if len(xs) >= 2:
+            said.append((m[0], min(xs) <= end.x <= max(xs)))
+    for m in SIDE.finditer(text):
+        other, sign = named(m["ref"], known), 1 if m[1] == "right" else -1
+        said.append((m[0], sign * (end.x - other.x) > 0 if other else sign * (end.x - start.x) > SHIFT))
+    for m in FRONT.finditer(text):
+        other, front = named(m["ref"], known), m["word"] == "front"
+        if other:
+            said.append((m[0], end.bottom > other.bottom if front else end.bottom < other.bottom))
+        else:
+            said.append((m[0], closer if front else farther))
+    for m in DEPTH.finditer(text):
+        word, ref = m["word"], m["ref"] or ""
+        approach = word.startswith(("closer", "nearer", "forward", "foreground", "toward"))
+        other = named(ref, known)
+        if other and word not in ("foreground", "background", "rear"):
+            near = end.distance(other) < start.distance(other)
+            said.append((m[0], near == approach))
+        elif re.match(r"(the )?(camera|viewer|observer|foreground|front|lens)|us\b|me\b", ref) or (
+                not re.match(r"(to |the |its )*(left|right)|(the|a|an|its) ", ref) and not word.startswith("toward")):
+            said.append((m[0], closer if approach else farther))
+    return said
+
+
+def check_instruction(answer: str | dict, known: Facts) -> list[str]:
+    """Why a sentence cannot be used, empty if it can. answer: the sentence, or a model's whole answer as an object.
+
+    Without masks only the wording is checked. SWAPPED is among the reasons if every statement of direction is wrong and
+    would be right for the opposite move.
+    """
+    text, thing = answer, ""
+    if not isinstance(answer, str):
+        if not isinstance(answer, dict) or not all(isinstance(answer.get(k), str) for k in ("object", "instruction")):
+            return ['it is no JSON object with the texts "object" and "instruction"']
+        text, thing = answer["instruction"], answer["object"]
+    reasons, found, own = [], words(text), set(words(" ".join(known.names)))
+    if re.search(r"[.!?;]\s+\S|\n", text.strip()):
+        reasons.append("it is more than one sentence")
+    if not 4 <= len(text.split()) <= 30:
+        reasons.append(f"it has {len(text.split())} words instead of 4 to 30")
+    if not found or found[0] not in VERBS:
+        reasons.append(f"it does not begin with one of {', '.join(VERBS)}")
+    if banned := [w for w in found if (w in BANNED or w.isdigit()) and w not in own]:
+        reasons.append(f"it says {', '.join(sorted(set(banned)))}")
+    if not WHERE & set(found):
+        reasons.append("it does not say where to")
+    for phrase in (text, thing) if thing else (text,):
+        if known.names and not any(nouns(name) & {stem(w) for w in words(phrase)} for name in known.names):
+            reasons.append(f"the moved object, {known.names[0]}, is not named by that name")
+            break
+    if thing and COLOURS & own and (other := COLOURS & set(words(thing))) and not other & own:
+        reasons.append(f"the moved object, {known.names[0]}, is not {', '.join(sorted(other))}")
+    if known.start:
+        lowered = text.lower()
+        for phrase in (thing.lower(), *known.names):
+            lowered = lowered.replace(phrase, "it") if phrase else lowered
+        said = directions(lowered, known, known.start, known.end)
+        wrong = [claim for claim, holds in said if not holds]
+        if said and len(wrong) == len(said) and all(holds for _, holds in directions(lowered, known, known.end, known.start)):
+            reasons.append(SWAPPED)
+        elif wrong:
+            reasons.append("the object did not go there: " + ", ".join(repr(claim) for claim in wrong))
+    return reasons
+
+
+def template(known: Facts) -> str:
+    """A sentence made from the masks alone, which passes every check. ValueError without masks or without a visible move."""
+    if not known.start:
+        raise ValueError("A sentence can be made only from masks that show the object in both pictures; found none.")
+    start, end = known.start, known.end
+    fit = [n for n in known.names if len(n.split()) <= 8 and not (set(words(n)) & (BANNED | WHERE) or re.search(r"[.!?;,\d]", n))]
+    name, dx = (fit or ["object"])[0], end.x - start.x
+    near = sorted((end.distance(place), other, place) for other, group in known.others.items() for place in group
+                  if len(group) == 1 and other not in known.names)
+    if near and abs(gap := end.x - near[0][2].x) > SHIFT and (
+            near[0][0] < start.distance(near[0][2]) or gap * (start.x - near[0][2].x) < 0):
+        sentence = f"Move the {name} to the {'left' if gap < 0 else 'right'} of the {near[0][1]}."
+        if not check_instruction(sentence, known):
+            return sentence
+    closer = end.bottom - start.bottom > RISE or (end.area > GROWTH * start.area and start.bottom - end.bottom <= RISE)
+    farther = not closer and (start.bottom - end.bottom > RISE or start.area > GROWTH * end.area)
+    side = f"to the {'left' if dx < 0 else 'right'}" if abs(dx) > SHIFT else ""
+    depth = "closer to the camera" if closer else "farther away from the camera" if farther else ""
+    if side and depth and abs(end.bottom - start.bottom) <= SHIFT:
+        depth = ""
+    if not side and not depth:
+        raise ValueError("The masks show no move that a sentence could tell.")
+    return f"Move the {name} {' and '.join(filter(None, (side, depth)))}."
+
+
+# Asking
+
+
+def hint(known: Facts) -> str:
+    text = f" The moved object is: {known.names[0]}." if known.names else ""
+    if known.start:
+        boxes = (", ".join(f"{100 * v:.0f}" for v in place.box) for place in (known.start, known.end))
+        text += " Its box (left, top, right, bottom in percent of the view, for you alone) is {} in BEFORE and {} in AFTER.".format(*boxes)
+    return text
+
+
+def fitted(path: Path, side: int) -> np.ndarray:
+    """The picture, its longer side at most `side`."""
+    image = open_image(path)
+    H, W = image.shape[:2]
+    scale = min(1.0, side / max(H, W))
+    return resize(image, max(1, round(H * scale)), max(1, round(W * scale)))
+
+
+def instruct(jsonl: Path, row: dict, ask, side: int) -> tuple[str | None, str, dict]:
+    """One row: (sentence or None, outcome, what to note in its checks). ask(parts, attempt) gives an answer or raises.
+
+    Outcomes: vlm, vlm-retry, template; none when both answers are rejected and no sentence can be made either.
+    """
+    known = facts(jsonl, row)
+    prompt = PROMPT.format(hint=hint(known))
+    pictures = ["BEFORE:", fitted(resolve(jsonl, row, "ref"), side), "AFTER:", fitted(resolve(jsonl, row, "tgt"), side)]
+    note, rejected, text = {}, [], prompt
+    for attempt, outcome in enumerate(("vlm", "vlm-retry")):
+        raw = ask([*pictures, text], attempt)
+        try:
+            answer = chat.parse_json(raw)
+            reasons = check_instruction(answer, known)
+        except ValueError as error:
+            reasons = [str(error)]
+        if not reasons:
+            return " ".join(answer["instruction"].split()), outcome, note
+        rejected.append("; ".join(reasons))
+        note = {"rejected": rejected, "swapped": SWAPPED in reasons or note.get("swapped", False)}
+        text = prompt + RETRY.format(reasons=rejected[-1], answer=raw[:500])
+    try:
+        return template(known), "template", note
+    except ValueError:
+        return None, "none", note
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="triples as JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="the new JSON-lines file")
+    parser.add_argument("--rewrite", action="store_true", help="also rows that have an instruction")
+    parser.add_argument("--side", type=int, default=512, help="pictures are sent with their longer side at most this")
+    chat.add_arguments(parser, model="Qwen/Qwen3-VL-32B-Instruct", max_tokens=200, temperature=0.2)
+
+
+class Unanswered(Exception):
+    """In a dry run: the first request of a row that is not in the cache."""
+
+
+def main(args: argparse.Namespace) -> None:
+    """`data.py instruct`. ValueError or OSError with a sentence; exit code 130 after Ctrl-C."""
+    if args.side < 32:
+        raise ValueError(f"--side must be at least 32, not {args.side}.")
+    args.url = args.url or ("http://localhost:8000/v1" if args.dry_run else None)
+    cache = args.cache or args.out.with_suffix(".calls.jsonl")
+    client = chat.Chat(chat.endpoint_of(args), cache)
+    rows = read_rows(args.file, ("id", "ref", "tgt"))
+    todo = [row for row in rows if args.rewrite or not row.get("instruction")]
+    print(f"{len(rows)} rows, {len(rows) - len(todo)} keep their instruction; {client.endpoint.model}, prompt {VERSION}, answers in {cache}")
+    if args.dry_run:
+        return dry_run(args, client, todo)
+
+    def work(row):
+        try:
+            return instruct(args.file, row, lambda parts, attempt: client.ask(parts, VERSION, attempt), args.side)
+        except chat.ChatError as error:
+            return None, "failed", {"error": str(error)}
+
+    try:
+        results = chat.run(todo, work, args.threads, "instruct")
+    except KeyboardInterrupt:
+        print(f"Stopped. The answers so far are in {cache}; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+    for row, (sentence, outcome, note) in zip(todo, results):
+        row["instruction"] = sentence
+        row["checks"] = {**row.get("checks", {}), "instruction": outcome, "instruction_model": client.endpoint.model,
+                         "instruction_prompt": VERSION, **{f"instruction_{k}": v for k, v in note.items()}}
+    for row in rows:
+        row.update({key: relative(args.out, resolve(args.file, row, key)) for key in PICTURES if row.get(key)})
+    write_rows(args.out, rows)
+    counts, c = Counter(outcome for _, outcome, _ in results), client.counts
+    print(f"accepted at first {counts['vlm']}, after a retry {counts['vlm-retry']}, from the masks {counts['template']}, "
+          f"none {counts['none']}, failed {counts['failed']}; swapped and regenerated "
+          f"{sum(bool(note.get('swapped')) for *_, note in results)}")
+    print(f"answers: {c['asked']} from the server, {c['from_cache']} from the cache; {c['retries']} retries, {c['failed']} calls failed; "
+          f"{c['prompt_tokens']} prompt and {c['completion_tokens']} completion tokens")
+    if counts["failed"]:
+        example = next(note["error"] for _, outcome, note in results if outcome == "failed")
+        print(f"{counts['failed']} rows have no instruction because their calls failed ({example}) The same command asks for them again.")
+    print(args.out)
+
+
+def dry_run(args: argparse.Namespace, client: chat.Chat, todo: list[dict]) -> None:
+    """What a run would ask now. Bytes are measured on the first requests and scaled up."""
+    answered, tokens, sample = [], [], []
+
+    def probe(parts, attempt):
+        answer = client.known(parts, VERSION, attempt)
+        if answer is not None:
+            answered.append(1)
+            return answer
+        tokens.append(sum(max(1, round(p.shape[0] / 32)) * max(1, round(p.shape[1] / 32)) for p in parts if not isinstance(p, str)))
+        if len(sample) < 16:
+            sample.append((len(client.body(parts)), parts[-1]))
+        raise Unanswered
+
+    def work(row):
+        try:
+            instruct(args.file, row, probe, args.side)
+        except Unanswered:
+            pass
+
+    chat.run(todo, work, args.threads, "dry run")
+    size = np.mean([n for n, _ in sample]) * len(tokens) if sample else 0
+    print(f"{len(tokens)} requests to send, and at most one more for each whose answer is rejected; {len(answered)} are answered already. "
+          f"About {size / 1e6:.1f} MB and {sum(tokens)} visual tokens (one for 32 x 32 pixels). Nothing was sent.")
+    if sample:
+        print(f"\nBEFORE: <picture>\nAFTER: <picture>\n{sample[0][1]}")
