@@ -56,8 +56,9 @@ class Endpoint:
     backoff: float = 1.0  # seconds before the first retry, doubled each time, less up to half by chance
 
     def __post_init__(self):
-        if not re.match(r"https?://[^/?#@\s]+[^?#\s]*$", self.url):
-            raise ValueError(f"Expected --url like http://localhost:8000/v1 (no key in it), found {self.url!r}.")
+        if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", self.url):
+            shown = re.sub(r"(//|[?#]).*(@|$)", r"\1***\2", self.url)  # there may be a key in it
+            raise ValueError(f"Expected --url like http://localhost:8000/v1 (a key goes into ${self.key_env}), found {shown!r}.")
         if self.token_field not in TOKEN_FIELDS:
             raise ValueError(f"Expected --token-field {' or '.join(TOKEN_FIELDS)}, found {self.token_field!r}.")
         if self.max_tokens < 1 or self.timeout <= 0 or self.retries < 0:

@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "429":
             return self.fail(429, "Too many requests.", {"Retry-After": server.retry_after})
         if kind and kind.isdigit():
-            return self.fail(int(kind), f"Failure on purpose for {sender}")  # rude: it echoes the key
+            return self.fail(int(kind), f"Failure on purpose for {sender}", {"Location": "/stats"})  # rude: it echoes the key
         time.sleep(server.hang if kind == "timeout" else server.delay)
         finish, answer = "stop", json.dumps(content)
         if kind == "fenced":

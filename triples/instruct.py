@@ -71,8 +71,8 @@ class Place:
         if mask is None or not mask.any():
             return None
         (H, W), (y, x) = mask.shape, np.nonzero(mask)
-        box = x.min() / W, y.min() / H, (x.max() + 1) / W, (y.max() + 1) / H
-        return Place((x.mean() + 0.5) / W, (y.mean() + 0.5) / H, box[3], len(x) / mask.size, box)
+        box = tuple(float(v) for v in (x.min() / W, y.min() / H, (x.max() + 1) / W, (y.max() + 1) / H))
+        return Place(float(x.mean() + 0.5) / W, float(y.mean() + 0.5) / H, box[3], len(x) / mask.size, box)
 
     def distance(self, other: "Place") -> float:
         return float(np.hypot(self.x - other.x, self.y - other.y))
@@ -124,26 +124,36 @@ def nouns(text: str) -> set[str]:
     return {stem(w) for w in words(text) if w not in ADJECTIVES} or {stem(w) for w in words(text)}
 
 
+def clash(one: str, two: str) -> bool:
+    """Whether both name colours, and different ones."""
+    one, two = COLOURS & set(words(one)), COLOURS & set(words(two))
+    return bool(one and two and not one & two)
+
+
 def named(phrase: str | None, known: Facts) -> Place | None:
     """The place of the one other object that the beginning of `phrase` names; None if it names none or several."""
     phrase = re.split(r"[,.;]| and | so | in | on | at | near | close", phrase or "")[0]
-    found = {name: places for name, places in known.others.items() if nouns(phrase) & nouns(name)}
-    if len(found) > 1:  # "the red cube" among cubes: by all words
+    found = {name: places for name, places in known.others.items() if nouns(phrase) & nouns(name)
+             and not clash(phrase, name)}
+    if len(found) > 1:  # "the tall lamp" among lamps: by all words
         found = {name: places for name, places in found.items() if set(words(name)) <= set(words(phrase))}
     places = [place for group in found.values() for place in group]
     return places[0] if len(places) == 1 else None
 
 
 OF = r"(?: of (?P<ref>[^,.;]+))?"
-CORNER = re.compile(r"\b(near|front|bottom|lower|far|back|rear|top|upper)?[ -]?(left|right)(?:[ -]hand)? corner\b")
+SIDES = r"(near|front|bottom|lower|far|back|rear|top|upper)?[ -]?(left|right)(?:[ -]hand)?"
+CORNER = re.compile(rf"\b{SIDES} corner\b|\bcorner (?:at|on|in|to) the {SIDES}")
 BETWEEN = re.compile(r"\bbetween (?P<one>[^,.;]+?) and (?P<two>[^,.;]+)")
+BESIDE = re.compile(r"\b(?:next to|beside|near|close to|by) (?P<ref>[^,.;]+)")
 # "right behind" is no side, and neither is "the right shoe" when it is the object, whose name is taken out beforehand.
 SIDE = re.compile(r"\b(left|right)(?:wards?)?\b(?! (?:next|beside|behind|in|between|near|by|at|up)\b)"
                   r"(?:[ -]hand)?(?: (?:side|edge|half|part|third|end))?" + OF)
 FRONT = re.compile(r"\b(?P<word>front|behind|back)\b(?: of)?(?: (?P<ref>[^,.;]+))?")
 DEPTH = re.compile(r"\b(?P<word>closer|nearer|forwards?|foreground|towards?|farther|further|away|backwards?|background|rear)\b"
                    r"(?: away| back)?(?: (?:to|from))?(?: (?P<ref>[^,.;]+))?")
-VIEWER = re.compile(r"(?:the |us\b|me\b|you\b)?(?:camera|viewer|observer|foreground|front|lens)?")
+VIEWER = re.compile(r"(?:the )?(?:camera|viewer|observer|foreground|front|lens|us|me|you)\b")
+SIDEWAYS = re.compile(r"(?:to |the |its )*(?:left|right)|(?:the|a|an|its) ")  # "further to the left", "closer to the wall"
 
 
 def directions(text: str, known: Facts, start: Place, end: Place) -> list[tuple[str, bool]]:
@@ -155,15 +165,24 @@ def directions(text: str, known: Facts, start: Place, end: Place) -> list[tuple[
     farther = start.bottom - end.bottom > RISE or start.area > GROWTH * end.area
     said = []
     for m in CORNER.finditer(text):
-        near = {"near": True, "front": True, "bottom": True, "lower": True, None: None}.get(m[1], False)
-        said.append((m[0], (end.x < 1 / 3 if m[2] == "left" else end.x > 2 / 3)
-                     and (near is None or (end.y > 1 / 2 if near else end.y < 1 / 2))))
+        depth, side = m[1] or m[3], m[2] or m[4]
+        near = depth in ("near", "front", "bottom", "lower")
+        said.append((m[0], (end.x < 1 / 3 if side == "left" else end.x > 2 / 3)
+                     and (not depth or (end.y > 1 / 2 if near else end.y < 1 / 2))))
     text = CORNER.sub("", text)
     for m in BETWEEN.finditer(text):
-        pair = [named(m["one"], known), named(m["two"], known)]
-        xs = [p.x for p in (pair if all(pair) else sum(known.others.values(), []))]
-        if len(xs) >= 2:
+        one, two = named(m["one"], known), named(m["two"], known)
+        xs = [place.x for group in known.others.values() for place in group]
+        if one and two:  # the foot of the object on the line of their feet, and not far off it
+            a, b, p = (np.array([place.x, place.bottom]) for place in (one, two, end))
+            t = (p - a) @ (b - a) / max((b - a) @ (b - a), 1e-9)
+            said.append((m[0], 0 < t < 1 and np.linalg.norm(p - a - t * (b - a)) < np.linalg.norm(b - a) / 2))
+        elif len(xs) >= 2:
             said.append((m[0], min(xs) <= end.x <= max(xs)))
+    for m in BESIDE.finditer(text):
+        if other := named(m["ref"], known):
+            width = end.box[2] - end.box[0] + other.box[2] - other.box[0]
+            said.append((m[0], end.distance(other) < max(start.distance(other), width)))
     for m in SIDE.finditer(text):
         other, sign = named(m["ref"], known), 1 if m[1] == "right" else -1
         said.append((m[0], sign * (end.x - other.x) > 0 if other else sign * (end.x - start.x) > SHIFT))
@@ -180,8 +199,7 @@ def directions(text: str, known: Facts, start: Place, end: Place) -> list[tuple[
         if other and word not in ("foreground", "background", "rear"):
             near = end.distance(other) < start.distance(other)
             said.append((m[0], near == approach))
-        elif re.match(r"(the )?(camera|viewer|observer|foreground|front|lens)|us\b|me\b", ref) or (
-                not re.match(r"(to |the |its )*(left|right)|(the|a|an|its) ", ref) and not word.startswith("toward")):
+        elif VIEWER.match(ref) or not (SIDEWAYS.match(ref) or word.startswith("toward")):
             said.append((m[0], closer if approach else farther))
     return said
 
@@ -212,12 +230,12 @@ def check_instruction(answer: str | dict, known: Facts) -> list[str]:
         if known.names and not any(nouns(name) & {stem(w) for w in words(phrase)} for name in known.names):
             reasons.append(f"the moved object, {known.names[0]}, is not named by that name")
             break
-    if thing and COLOURS & own and (other := COLOURS & set(words(thing))) and not other & own:
-        reasons.append(f"the moved object, {known.names[0]}, is not {', '.join(sorted(other))}")
+    if thing and clash(thing, " ".join(known.names)):
+        reasons.append(f"the moved object, {known.names[0]}, has another colour")
     if known.start:
         lowered = text.lower()
-        for phrase in (thing.lower(), *known.names):
-            lowered = lowered.replace(phrase, "it") if phrase else lowered
+        own_name = next((name for name in (thing.lower(), *known.names) if name and name in lowered), "")
+        lowered = lowered.replace(own_name, "it", 1) if own_name else lowered  # "the left shoe" is no direction
         said = directions(lowered, known, known.start, known.end)
         wrong = [claim for claim, holds in said if not holds]
         if said and len(wrong) == len(said) and all(holds for _, holds in directions(lowered, known, known.end, known.start)):
@@ -336,7 +354,8 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(130)
     for row, (sentence, outcome, note) in zip(todo, results):
         row["instruction"] = sentence
-        row["checks"] = {**row.get("checks", {}), "instruction": outcome, "instruction_model": client.endpoint.model,
+        kept = {k: v for k, v in row.get("checks", {}).items() if not k.startswith("instruction")}
+        row["checks"] = {**kept, "instruction": outcome, "instruction_model": client.endpoint.model,
                          "instruction_prompt": VERSION, **{f"instruction_{k}": v for k, v in note.items()}}
     for row in rows:
         row.update({key: relative(args.out, resolve(args.file, row, key)) for key in PICTURES if row.get(key)})
