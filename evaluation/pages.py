@@ -158,7 +158,7 @@ def bars_html(bars: Bars, index: int) -> str:
         if len(values) != len(bars.labels):
             raise ValueError(f'Bars "{bars.caption}": {len(bars.labels)} labels, but series {name} has {len(values)} values.')
     known = [x for values in bars.series.values() for triple in values if triple for x in triple if math.isfinite(x)]
-    left, right = -round_up(-min([0, *known])), round_up(max([0, *known]))
+    left, right = 0.0 - round_up(-min([0, *known])), round_up(max([0, *known]))
     right = right if right > left else left + 1
     digits = 1 if max(right, -left) > 2 else 3
 
@@ -244,10 +244,10 @@ thead th{border-bottom:2px solid var(--edge);vertical-align:bottom}
 tbody th{font-weight:500;background:var(--bg);position:sticky;left:0;min-width:7rem}
 .n{text-align:right;white-space:nowrap}
 .mark>*,.mark>th{background:var(--mark)}
-.note,.help{color:var(--muted);font-size:.9rem;margin:.2rem 0 1.5rem}
+.note,.help{color:var(--muted);font-size:.9rem;margin:.2rem 0 1.5rem}dialog .help{margin:.4rem 0 0}
 .bars{width:100%;max-width:55rem}.bars th,.bars td{border:0;padding:.1rem .4rem}
 .bars th[scope=rowgroup]{padding-top:.7rem;font-weight:600}
-.bars th[scope=row]{max-width:11rem;min-width:5rem;font-weight:400;overflow-wrap:anywhere}
+.bars th[scope=row]{min-width:clamp(5.5rem,27vw,12rem);font-weight:400;overflow-wrap:anywhere}
 .bars .plot{width:100%;min-width:5.5rem}.bars .n span{color:var(--muted);display:inline-block}.bars svg{display:block;overflow:visible}
 .bars tfoot{color:var(--muted);font-size:.85rem}
 .bars text{fill:var(--muted);font-size:.75rem}.grid{stroke:var(--line)}
@@ -265,7 +265,7 @@ dialog::backdrop{background:#000b}dialog h2{margin:0}dialog p{margin:.2rem 0 .5r
 .row{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center;justify-content:space-between}
 #flip{display:block;width:100%;height:min(60vh,90vw);padding:0;background:var(--card);border-color:transparent}
 #flip img{width:100%;height:100%;object-fit:contain}
-@media (max-width:30rem){.n span{font-size:.85rem}th,td{padding:.3rem .45rem}}
+@media (max-width:30rem){.bars .n span{display:block;font-size:.8rem;line-height:1.2}th,td{padding:.3rem .45rem}}
 @media print{dialog{display:none}.scroll{overflow:visible}body{max-width:none;font-size:10pt}
 .bars rect,.mark>*{print-color-adjust:exact}h2{break-after:avoid}}
 """

@@ -57,7 +57,7 @@ def study(path: str | Path, rows: list[tuple[str, str, np.ndarray, dict[str, np.
     embedded = json.dumps(content).replace("<", "\\u003c")  # no text can end the script element
     body = BODY.format(title=text(title), cards="".join(card(i) for i in range(len(methods))), blank=BLANK,
                        last=LETTERS[len(methods) - 1], data=embedded,
-                       orders="".join(f'<div><dt>{name}</dt><dd class="order"></dd></div>' for name in CRITERIA.values()))
+                       orders="".join(f'<div><dt>{name}, best first</dt><dd class="order"></dd></div>' for name in CRITERIA.values()))
     write_page(path, title, body, STUDY_STYLE, STUDY_SCRIPT)
     return hash_of(key)
 
@@ -74,7 +74,7 @@ def card(index: int) -> str:
         scales += f'<fieldset class="scale"><legend><span class="vh">{letter}: </span>{name}</legend><div>{marks}</div></fieldset>'
     return (f'<section class="card edit" aria-labelledby="name-{index}"><h3 id="name-{index}">{letter}</h3>'
             f'<button type="button" class="peek" aria-pressed="false"><img src="{BLANK}" alt="Edit {letter}">'
-            f'<span>Tap: before</span></button>{scales}</section>')
+            f'<span>Show before</span></button>{scales}</section>')
 
 
 def tally(files: list[str | Path]) -> dict:
@@ -218,18 +218,18 @@ def tally_table(result: dict) -> str:
     return "\n\n".join(parts)
 
 
-BODY = """<header><h1>{title}</h1><details><summary>How to rate</summary><p>Compare the edits of the picture with each other.
-Give each from 1 (worst) to 5 (best) for each question; equal ratings are allowed. Tap an edit to see the picture before in its
-place. Your ratings are kept in this browser until you export them; several people on one device open the page
-with #name at the end of its address.</p><p>Keyboard: Tab goes from question to question, 1 to 5 rates and goes on,
-A to {last} jumps to an edit, Enter goes to the next sample, Backspace back.</p></details>
+BODY = """<header><h1>{title}</h1><p>Compare the edits A to {last} with each other and rate each from 1 (worst) to 5 (best); equal
+ratings are allowed. Click or tap an edit to see the picture before in its place.</p><details><summary>Keys, and where your
+ratings are</summary><p>Tab goes from question to question, 1 to 5 rates and goes on, A to {last} jumps to an edit, Enter goes to
+the next sample, Backspace back. Ratings stay in this browser, also when the page is closed, until you send them as a file. Several
+people on one device: open the page with #name at the end of its address.</p></details>
 <p id="warning" role="alert" hidden>This browser keeps nothing when the page is closed: export before you leave.</p>
 <noscript><p>This page needs JavaScript.</p></noscript></header>
 <main><form id="form" autocomplete="off"><h2 id="where">Sample</h2><p id="instruction" aria-live="polite"></p>
 <div class="cards"><section class="card" aria-labelledby="before"><h3 id="before">Before</h3>
 <img id="source" src="{blank}" alt="Picture before the edit"></section>{cards}</div>
 <dl>{orders}</dl><div class="row"><button type="button" id="back">Back</button><button type="button" id="next" class="go">Next</button></div>
-<label for="progress" id="done"></label><progress id="progress" value="0" max="1"></progress></form>
+<label for="progress" id="done">Progress</label><progress id="progress" value="0" max="1"></progress></form>
 <section id="export"><h2 id="send" tabindex="-1">Send your votes</h2><p id="left"></p>
 <div class="row"><button type="button" id="missing">First unfinished sample</button>
 <button type="button" id="download" class="go">Download the votes</button><button type="button" id="copy">Copy the votes</button></div>
@@ -238,10 +238,11 @@ buttons do not work</label><textarea id="votes" rows="4" readonly></textarea></d
 <script type="application/json" id="data">{data}</script>"""
 
 STUDY_STYLE = """
-body{max-width:100rem}summary{cursor:pointer;padding:.6rem 0}
+body{max-width:110rem;--card-width:13rem}@media (pointer:coarse){body{--card-width:17rem}}
+summary{cursor:pointer;padding:.65rem 0}
 #instruction{font-size:1.2rem;font-weight:600;margin:0;padding:.6rem 0;background:var(--bg)}
 @media (min-height:40rem){#instruction{position:sticky;top:0;z-index:1;max-height:30vh;overflow:auto}}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,17rem),1fr));gap:1rem;align-items:start}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--card-width)),1fr));gap:1rem;align-items:start}
 .card{background:var(--card);border-radius:.6rem;padding:.7rem}.card h3{margin-bottom:.3rem}.card img{width:100%}
 .peek{display:block;width:100%;padding:0;border:0;background:none;font-size:.85rem}
 .peek[aria-pressed=true]{background:none;color:var(--fg);font-weight:700}.peek span{display:block;padding:.3rem}
@@ -260,8 +261,8 @@ textarea{display:block;width:100%;font:.8rem monospace;background:var(--card);co
 STUDY_SCRIPT = """
 const $ = id => document.getElementById(id), STUDY = JSON.parse($('data').textContent);
 const SAMPLES = STUDY.samples.length, EDITS = STUDY.samples[0].edits.length;
-const KEY = 'study:' + STUDY.study + decodeURIComponent(location.hash);  // file pages share one storage
-const cards = [...document.querySelectorAll('.edit')];
+const KEY = 'study:' + STUDY.study + location.hash;  // all pages opened as files share one storage
+const LETTERS = 'ABCDEFGH', cards = [...document.querySelectorAll('.edit')];
 const scales = [...document.querySelectorAll('.scale')], CRITERIA = scales.length / EDITS;
 
 function generator(seed) {  // mulberry32
@@ -325,7 +326,7 @@ function count() {
   $('missing').disabled = done === SAMPLES;
   $('votes').value = votes();
   document.querySelectorAll('.order').forEach((line, c) => {  // the ranking that the ratings amount to: A > B = C
-    const marks = cards.map((_, letter) => [(rated(now())[letters[now()][letter]] || [])[c], 'ABCDEFGH'[letter]]).filter(m => m[0]);
+    const marks = cards.map((_, letter) => [(rated(now())[letters[now()][letter]] || [])[c], LETTERS[letter]]).filter(m => m[0]);
     marks.sort((a, b) => b[0] - a[0]);
     line.textContent = marks.map((m, i) => (i ? (m[0] === marks[i - 1][0] ? ' = ' : ' > ') : '') + m[1]).join('') || '–';
   });
@@ -334,8 +335,8 @@ function peek(card, letter, before) {
   const button = card.querySelector('.peek'), sample = STUDY.samples[now()];
   button.setAttribute('aria-pressed', before);
   button.querySelector('img').src = before ? sample.before : sample.edits[letters[now()][letter]];
-  button.querySelector('img').alt = before ? 'Picture before the edit' : 'Edit ' + 'ABCDEFGH'[letter];
-  button.querySelector('span').textContent = before ? 'This is before. Tap: edit' : 'Tap: before';
+  button.querySelector('img').alt = before ? 'Picture before the edit' : 'Edit ' + LETTERS[letter];
+  button.querySelector('span').textContent = before ? 'This is before. Show edit' : 'Show before';
 }
 function rate(i, mark) {
   state.ratings[now()] ||= Array.from({length: EDITS}, () => Array(CRITERIA).fill(null));
@@ -344,7 +345,7 @@ function rate(i, mark) {
   save();
   count();
 }
-function focusScale(i) { (scales[i].querySelector('input:checked') || scales[i].querySelector('input')).focus(); }
+function focusScale(i, options) { (scales[i].querySelector('input:checked') || scales[i].querySelector('input')).focus(options); }
 function go(place) {
   if (place < 0) return;
   if (place >= SAMPLES) { $('send').focus(); return; }
@@ -352,14 +353,13 @@ function go(place) {
   save();
   show();
   scrollTo(0, $('where').offsetTop);
-  const open = scales.findIndex(scale => !scale.querySelector('input:checked'));
-  (scales[Math.max(open, 0)].querySelector('input:checked') || scales[Math.max(open, 0)].querySelector('input')).focus({preventScroll: true});
+  focusScale(Math.max(0, scales.findIndex(scale => !scale.querySelector('input:checked'))), {preventScroll: true});
 }
 $('form').onchange = event => { rate(scales.indexOf(event.target.closest('.scale')), +event.target.value); };
 $('form').onsubmit = event => event.preventDefault();
 $('form').onkeydown = event => {  // keys act only while the focus is in the form: a single letter is no global command
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const radio = event.target.type === 'radio', key = event.key.toUpperCase(), letter = 'ABCDEFGH'.indexOf(key);
+  const radio = event.target.type === 'radio', key = event.key.toUpperCase(), letter = LETTERS.indexOf(key);
   const card = event.target.closest('.edit');
   if (/^[1-5]$/.test(key) && card) {
     const scale = event.target.closest('.scale'), i = scale ? scales.indexOf(scale) : cards.indexOf(card) * CRITERIA;
@@ -392,6 +392,7 @@ $('copy').onclick = async () => {
   catch { $('status').textContent = 'This browser does not let the page copy; open "Votes as text" below.'; }
 };
 addEventListener('storage', event => { if (event.key === KEY && event.newValue) { adopt(load()); show(); } });  // a second tab
+addEventListener('hashchange', () => location.reload());  // another voter
 adopt(load());
 save();
 show();
