@@ -23,19 +23,19 @@ from torch import Tensor, nn
 
 import kernels
 import scenes
-from data import save_png, side_by_side
+from data import resize, save_png, side_by_side
 from model import lora
 from model.mmdit import MMDiT
 from model.spatial_head import SpatialHead
 from model.text import build_word_tokenizer
 from model.vae import AutoEncoder
-from model.weights import read_tensors, save_tensors, to_json
+from model.weights import Source, digest, read_tensors, save_tensors, to_json
 from spatialdiff import (
-    PRESETS, Condition, Editor, Preset, SpatialDiff, build, choose_device, choose_preset, default_folders, depth_target,
-    encode_geometry, encode_image, encode_text, find_frozen, load, load_part, load_tokenizers, losses, make_noise, sample,
-    sample_times, to_uint8, to_unit,
+    PRESETS, Condition, Editor, Preset, SpatialDiff, build, choose_device, choose_preset, decode_image, default_folders,
+    depth_target, encode_geometry, encode_image, encode_text, find_frozen, find_learned, load_model, load_part,
+    load_tokenizers, losses, make_noise, sample, sample_times, to_uint8, to_unit,
 )
-from triples.encode import SHARD, Triples, World, disparity, encode_scenes, load_images, scene_shards
+from triples.encode import SHARD, FileTriples, SceneTriples, World, disparity, encode_scenes, load_images, scene_shards
 
 LOG_EVERY = 50
 TIME_BINS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 1.0)  # the loss is logged in each
@@ -159,10 +159,10 @@ class VAETask:
         return loss, {"psnr": -10 * math.log10(F.mse_loss(y[quarter:], x[quarter:]).item() / 4), "kl": kl.item()}
 
     @torch.no_grad()
-    def sheet(self) -> Tensor:
+    def sheet(self) -> list:
         x = self.pictures(torch.arange(6))
         y = self.vae.decoder(self.vae.encode_moments(x)[0])
-        return torch.cat((to_uint8(x), to_uint8(y)), dim=1)
+        return list(torch.cat((to_uint8(x), to_uint8(y)), dim=1).cpu().numpy())
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
@@ -206,9 +206,9 @@ class VGGTTask:
         return loss, {"absrel": ((predicted - truth).exp() - 1).abs().mean().item()}
 
     @torch.no_grad()
-    def sheet(self) -> Tensor:
+    def sheet(self) -> list:
         depth = torch.cat(self.predict(torch.arange(6)), dim=2)
-        return to_uint8((2.0 - depth).expand(-1, 3, -1, -1))
+        return list(to_uint8((2.0 - depth).expand(-1, 3, -1, -1)).cpu().numpy())
 
     def save(self, folder: Path) -> None:
         save_part(folder, "vggt", self.vggt)
@@ -218,20 +218,20 @@ class FlowTask:
     """The edit itself. What learns: base: text encoders and MMDiT; stage 1: the Connector; stage 2: LoRA, Connector and
     spatial head; overfit: everything."""
 
-    def __init__(self, editor: Editor, triples: Triples, stage: str, watch: list[scenes.Pair]):
+    def __init__(self, editor: Editor, triples: SceneTriples | FileTriples, stage: str, watch: list[scenes.Pair] | None):
+        """watch: pairs of the sample sheet; None: the first triples, and the editor holds no encoders."""
         self.editor, self.triples, self.stage, self.watch = editor, triples, stage, watch
-        self.count, self.device = len(triples.target), editor.t5.shared.weight.device
-        side = round(triples.reference.shape[1] ** 0.5)
-        self.grid = (side, side)
+        self.count, self.device = len(triples), editor.model.mmdit.img_in.weight.device
         model, preset = editor.model, editor.preset
         parts = {"t5": editor.t5, "clip": editor.clip, "mmdit": model.mmdit}
         spatial = {"connector": model.connector, "spatial_head": model.spatial_head}
-        if triples.geometry is None:
+        mean_depth = triples.mean_depth()
+        if model.connector is None:
             spatial = {}
-        elif triples.depth is None:
+        elif mean_depth is None:
             del spatial["spatial_head"]
         else:
-            model.spatial_head.start_at(triples.depth.float().mean(dim=(0, 1)))
+            model.spatial_head.start_at(mean_depth)
         if stage == "1":
             parts = {}
         elif stage == "2":
@@ -245,18 +245,21 @@ class FlowTask:
     def muon(self, name: str) -> bool:
         return (".layers." in name or "block" in name) and not any(k in name for k in ("mod.lin", "modulation", "bias"))
 
+    def condition(self, i: Tensor) -> tuple[Condition, Tensor, Tensor | None]:
+        """Of these samples: condition, target latents and what the spatial head must say."""
+        editor, batch = self.editor, self.triples.batch(i)
+        ready = lambda x: None if x is None else x.to(self.device).float()
+        if batch.text is None:
+            with torch.set_grad_enabled("t5" in self.modules):
+                batch.text = encode_text(editor.t5, editor.clip, editor.tokenizers, batch.instructions, editor.preset)
+        txt, pooled = (x.to(self.device) for x in batch.text)
+        cond = Condition(txt, pooled, ready(batch.reference), ready(batch.geometry), batch.grid)
+        return cond, ready(batch.target), ready(batch.depth)
+
     def loss(self, i: Tensor, generator: torch.Generator) -> tuple[Tensor, dict]:
-        triples, editor, device = self.triples, self.editor, self.device
-        with torch.set_grad_enabled("t5" in self.modules):
-            prompts = [triples.instructions[k] for k in i.tolist()]
-            txt, pooled = encode_text(editor.t5, editor.clip, editor.tokenizers, prompts, editor.preset)
-        root = triples.root[i]
-        geometry = None if triples.geometry is None else triples.geometry[root].to(device).float()
-        cond = Condition(txt, pooled, triples.reference[root].to(device).float(), geometry, self.grid)
-        target = triples.target[i].to(device).float()
-        noise = torch.randn(target.shape, generator=generator).to(device)
-        t = sample_times(editor.preset, len(i), target.shape[1], generator).to(device)
-        depth = None if triples.depth is None else triples.depth[i].to(device).float()
+        editor, (cond, target, depth) = self.editor, self.condition(i)
+        noise = torch.randn(target.shape, generator=generator).to(self.device)
+        t = sample_times(editor.preset, len(i), target.shape[1], generator).to(self.device)
         flow, gss = losses(editor.model, cond, target, noise, t, depth)
         logs = {"flow": flow.mean().item()} | ({} if depth is None else {"gss": gss.item()})
         for low, high in zip(TIME_BINS, TIME_BINS[1:]):
@@ -264,11 +267,28 @@ class FlowTask:
             logs[f"{low}<t<{high}"] = inside.mean().item() if len(inside) else None
         return flow.mean() + editor.preset.gss_weight * gss, logs
 
-    def sheet(self) -> Tensor:
-        """Rows: reference, edit, truth."""
+    def sheet(self) -> list:
+        """Columns of reference, edit, truth."""
+        if self.watch is None:
+            return self.triples_sheet()
         ref, tgt = (torch.from_numpy(np.stack([getattr(p, name) for p in self.watch])) for name in ("ref", "tgt"))
         edit = self.editor.edit(ref, [p.instruction for p in self.watch], [p.seed for p in self.watch])
-        return torch.cat((ref, torch.from_numpy(edit), tgt), dim=1)
+        return list(torch.cat((ref, torch.from_numpy(edit), tgt), dim=1).numpy())
+
+    @torch.no_grad()
+    def triples_sheet(self) -> list:
+        """As `sheet`, of the first triples of a file. The autoencoder is loaded for this alone."""
+        editor, columns = self.editor, []
+        vae = load_part(editor.preset, editor.sources["vae"], self.device, editor.model.mmdit.img_in.weight.dtype)
+        for i in range(min(6, self.count)):
+            cond, target, _ = self.condition(torch.tensor([i]))
+            noise = make_noise(editor.preset, cond.grid, [i]).to(self.device)
+            tokens, _ = sample(editor.model, cond, noise, editor.preset.steps, editor.preset.guidance_sample)
+            rows = [decode_image(vae, x, cond.grid)[0].cpu().numpy() for x in (cond.reference, tokens, target)]
+            column = np.concatenate(rows)
+            height = 3 * editor.preset.side
+            columns.append(resize(column, height, round(column.shape[1] * height / len(column))))
+        return columns
 
     def save(self, folder: Path) -> None:
         facts = {"preset": self.editor.preset.name, "stage": self.stage}
@@ -391,7 +411,7 @@ def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace
             save_checkpoint(checkpoint, step + 1, facts, params, ema, opts)
             swap(params, ema)
             task.modules.eval()
-            save_png(out / f"sheet-{step + 1:06}.png", grid_of(task.sheet()))
+            save_png(out / f"sheet-{step + 1:06}.png", side_by_side(task.sheet()))
             task.modules.train()
             swap(params, ema)
     swap(params, ema)  # the averages are the result
@@ -400,11 +420,6 @@ def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace
 
 def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def grid_of(pictures: Tensor):
-    """Pictures (B, H, W, 3) side by side."""
-    return side_by_side(list(pictures.cpu().numpy()))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -424,10 +439,11 @@ def parse() -> argparse.Namespace:
     files("--weights", type=Path, help="folder of the frozen networks, official files in any arrangement (default weights/nano)")
     files("--checkpoint", type=Path, help="stage 2: folder of stage 1's Connector (default: stage1 in --weights)")
     files("--output", type=Path, help="log, sheets, checkpoint and the trained parts (default runs/STAGE)")
-    files("--cache", type=Path, default=Path("runs/cache"), help="rendered scenes and their encodings")
+    files("--cache", type=Path, default=Path("runs/cache"), help="rendered scenes, and encodings (default runs/cache)")
     files("--resume", action="store_true", help="go on from the checkpoint in --output, bit for bit")
     data = parser.add_argument_group("data").add_argument
-    data("--data", default="scenes", metavar="scenes", help="the rendered world; files of triples come later")
+    data("--data", default="scenes", metavar="FILE.jsonl", help="triples (see data.py); default: the rendered world")
+    data("--no-cache", action="store_true", help="triples of a file: encode every batch anew; the encoders stay in memory")
     data("--level", default="plain", choices=scenes.LEVELS, help="difficulty of the rendered scenes")
     data("--shards", type=int, default=32, help=f"rendered files of {SHARD} scenes (default 32)")
     loop = parser.add_argument_group("optimisation").add_argument
@@ -443,8 +459,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.stage or args.overfit):
         parser.error("say what to train: --stage base, --stage 1, --stage 2 or --overfit")
-    if args.data != "scenes":
-        parser.error(f"--data {args.data}: only the rendered world (scenes) can be trained on so far.")
+    if args.data != "scenes" and args.stage not in ("1", "2"):
+        parser.error(f"--data {args.data}: files of triples are for --stage 1 and 2; the rest learns from the rendered world.")
     if args.overfit:
         args.stage, args.preset = "overfit", "tiny"
     args.output = args.output or Path("runs") / {"1": "stage1", "2": "stage2"}.get(args.stage, args.stage)
@@ -477,20 +493,27 @@ def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path, level: str) -> 
     return Editor(preset, vae, t5, clip, None, load_tokenizers(preset, folder), model, {})
 
 
-def stage_editor(preset: Preset, args: argparse.Namespace) -> Editor:
-    """The base's parts; stage 1 starts a Connector, stage 2 takes stage 1's and starts a spatial head."""
-    if args.stage == "2" and args.ism and not (args.checkpoint / "connector.safetensors").is_file():
-        raise FileNotFoundError(f"Stage 2 starts from stage 1's Connector, expected {args.checkpoint}/connector.safetensors.")
-    dtype = torch.float32 if args.device.type == "cpu" and preset.cpu_dtype == "float32" else torch.bfloat16  # of frozen weights
-    editor = load(preset, args.weights, args.checkpoint if args.stage == "2" and args.ism else None, args.device, dtype)
+def stage_sources(preset: Preset, args: argparse.Namespace) -> dict[str, Source]:
+    """Where the frozen networks are, and for stage 2 stage 1's Connector."""
+    found = {}
+    if args.stage == "2" and args.ism:
+        if not (args.checkpoint / "connector.safetensors").is_file():
+            raise FileNotFoundError(f"Stage 2 starts from stage 1's Connector, expected {args.checkpoint}/connector.safetensors.")
+        found = find_learned(preset, args.checkpoint, asked=True)
+    found |= find_frozen(preset, args.weights, ("mmdit", "vae", "t5", "clip") + ("vggt",) * args.ism)
+    for name, source in found.items():
+        print(f"{name:13}{source}")
+    return found
+
+
+def stage_model(preset: Preset, sources: dict[str, Source], args: argparse.Namespace) -> SpatialDiff:
+    """Stage 1 starts a Connector, stage 2 takes stage 1's and starts a spatial head."""
+    model = load_model(preset, sources, args.device, args.dtype)
     if args.ism:
-        if editor.vggt is None:
-            editor.sources |= find_frozen(preset, args.weights, ("vggt",))
-            editor.vggt = load_part(preset, editor.sources["vggt"], args.device, dtype)
-        editor.model.connector = (editor.model.connector or build(preset, "connector", args.device)).float()
+        model.connector = (model.connector or build(preset, "connector", args.device)).float()
         out_dim = 256 if args.gss == "eds" else preset.spatial_head.out_dim
-        editor.model.spatial_head = SpatialHead(replace(preset.spatial_head, out_dim=out_dim)).to(args.device)
-    return editor
+        model.spatial_head = SpatialHead(replace(preset.spatial_head, out_dim=out_dim)).to(args.device)
+    return model
 
 
 def facts_at_start(task, recipe: Recipe, args: argparse.Namespace) -> None:
@@ -512,7 +535,7 @@ def main() -> None:
     preset = choose_preset(args.preset, args.weights)
     args.weights, _ = default_folders(preset, args.weights, None)
     args.checkpoint = args.checkpoint or args.weights / "stage1"
-    args.device, _, args.why = choose_device(preset, args.device, None)
+    args.device, args.dtype, args.why = choose_device(preset, args.device, None)  # dtype: of frozen weights
     kernels.choose(args.attention)
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     args.amp = args.device.type != "cpu" or fast_bf16
@@ -535,30 +558,39 @@ def main() -> None:
         facts_at_start(task, recipe, args)
         facts = {"part": part, "preset": str(preset), "recipe": str(recipe), "samples": task.count}
         facts |= {name: getattr(args, name) for name in ("seed", "level", "gss", "ism")}
+        if args.data != "scenes":
+            facts["data"] = digest(Path(args.data))
         train(task, recipe, args.output / part if args.stage == "base" else args.output, facts, args)
         task.save(args.output)
 
 
 def make_task(preset: Preset, part: str, args: argparse.Namespace):
-    """Networks first, so that a missing file is found before anything is rendered; then data, then the task."""
+    """Networks are looked for first, so that a missing file is found before anything is rendered or encoded; then data, then
+    the task. With triples of a file the encoders are gone from memory before the model is loaded."""
     if part == "mmdit":
         sources = find_frozen(preset, args.output, ("vae",))
         editor = fresh_editor(preset, load_part(preset, sources["vae"], args.device), args.output, args.level)
     elif part in "12":
-        editor = stage_editor(preset, args)
-        sources = editor.sources
-        for name, source in sources.items():
-            print(f"{name:13}{source}")
-    shards = scene_shards(World(args.level, preset.side, shards=args.shards), args.cache)
-    if part == "vae":
-        return VAETask(preset, shards[:24], args.device)
-    if part == "vggt":
-        return VGGTTask(preset, shards[:24], args.device)
-    kinds = ("move",) if part in "12" else ("move", "recolour", "remove", "add", "identity")
-    networks = ("vae",) if editor.vggt is None else ("vae", "vggt")
-    hashes = {name: sources[name].digest()[:8] for name in networks}
-    triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes)
-    watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level, "seen", preset.side, extras=False) for i in range(8)]
+        sources = stage_sources(preset, args)
+    if args.data == "scenes":
+        shards = scene_shards(World(args.level, preset.side, shards=args.shards), args.cache)
+        if part == "vae":
+            return VAETask(preset, shards[:24], args.device)
+        if part == "vggt":
+            return VGGTTask(preset, shards[:24], args.device)
+        if part in "12":
+            vae, t5, clip = (load_part(preset, sources[name], args.device, args.dtype) for name in ("vae", "t5", "clip"))
+            vggt = load_part(preset, sources["vggt"], args.device, args.dtype) if args.ism else None
+            model = stage_model(preset, sources, args)
+            editor = Editor(preset, vae, t5, clip, vggt, load_tokenizers(preset, args.weights), model, sources)
+        kinds = ("move",) if part in "12" else ("move", "recolour", "remove", "add", "identity")
+        hashes = {name: sources[name].digest()[:8] for name in ("vae", "vggt") if name in sources}
+        triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes)
+        watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level, "seen", preset.side, extras=False) for i in range(8)]
+    else:
+        path, cache = Path(args.data), args.cache / Path(args.data).stem
+        triples = FileTriples(path, preset, sources, args.weights, args.gss, args.device, args.dtype, None if args.no_cache else cache)
+        editor, watch = Editor(preset, None, None, None, None, None, stage_model(preset, sources, args), sources), None
     task = FlowTask(editor, triples, "base" if part == "mmdit" else part, watch)
     editor.model.mmdit.checkpoint_blocks = args.recompute
     if args.compile:
@@ -576,7 +608,7 @@ def overfit(preset: Preset, args: argparse.Namespace) -> None:
     with torch.no_grad():
         maps = disparity(torch.from_numpy(pair.tgt_depth)[None]).to(args.device)
         depth = depth_target(editor.vae, maps, editor.model.connector.grid, "lds")
-        triples = Triples(
+        triples = SceneTriples(
             encode_image(editor.vae, ref), encode_image(editor.vae, tgt), torch.zeros(1, dtype=torch.long),
             [pair.instruction], encode_geometry(editor.vggt, ref, preset), depth,
         )

@@ -1,14 +1,24 @@
 """Rendered training triples: what is encoded belongs together.     python -m pytest tests/test_encode.py"""
 
+import re
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 import scenes
-from triples import encode
-from triples.encode import World, disparity, encode_scenes, load_images, render_shard
-from spatialdiff import PRESETS, build, depth_target, encode_geometry, encode_image
+from data import open_image, read_rows, resize, resolve, save_png, write_rows
+from model.text import build_word_tokenizer
+from model.weights import save_tensors
+from spatialdiff import PRESETS, build, depth_target, encode_geometry, encode_image, find_frozen, load_part
 from train import batch_indices
+from triples import encode
+from triples.encode import FileTriples, World, disparity, encode_scenes, load_images, render_shard
 
 TINY = PRESETS["tiny"]
 WORLD = World(size=48, shards=2)
@@ -81,3 +91,170 @@ def test_batches_are_shuffled_epochs():
         assert sorted(epoch.tolist()) == list(range(10))
     assert not torch.equal(rows[:10], rows[10:20])
     assert torch.equal(batch_indices(10, 4, 7, seed=3), rows[28:32])
+
+
+# Triples of files
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Every part of `tiny`, random, and a Connector as stage 1 leaves it."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    for part in ("vae", "t5", "clip", "vggt", "mmdit"):
+        save_tensors(folder / f"{part}.safetensors", {k: v.contiguous() for k, v in build(TINY, part).state_dict().items()})
+    save_tensors(folder / "stage1/connector.safetensors", dict(build(TINY, "connector").state_dict()), {"preset": "tiny"})
+    build_word_tokenizer(scenes.VOCABULARY).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Seven triples of three sizes; all have an exact depth of their own."""
+    made = []
+    for i in range(7):
+        pair = scenes.make_pair(i, split="train", size=(48, 64, 41)[i % 3], extras=False)
+        names = {key: f"pictures/{i}-{key}.png" for key in ("ref", "tgt", "depth_tgt")}
+        save_png(tmp_path / names["ref"], pair.ref)
+        save_png(tmp_path / names["tgt"], pair.tgt)
+        disparity = (scenes.disparity(pair.tgt_depth) + 1) / 2 * 65535
+        Image.fromarray(disparity.round().astype(np.uint16)).save(tmp_path / names["depth_tgt"])
+        made.append({"id": str(i), "instruction": pair.instruction, **names})
+    write_rows(tmp_path / "rows.jsonl", made)
+    return tmp_path / "rows.jsonl"
+
+
+def triples(rows, weights, cache, gss="lds", preset=TINY):
+    sources = find_frozen(preset, weights, ("t5", "clip", "vae", "vggt"))
+    return FileTriples(rows, preset, sources, weights, gss, torch.device("cpu"), torch.float32, cache)
+
+
+def tensors(batch):
+    return [*batch.text, batch.reference, batch.target, batch.geometry, *([] if batch.depth is None else [batch.depth])]
+
+
+@pytest.mark.parametrize("gss", ["lds", "eds", "none"])
+def test_cached_equals_uncached_in_shuffled_epochs(rows, weights, tmp_path, gss):
+    live, cached = triples(rows, weights, None, gss), triples(rows, weights, tmp_path / "cache", gss)
+    truth = read_rows(rows)
+    vae = load_part(TINY, live.sources["vae"])
+    for epoch in range(2):
+        order = torch.cat([batch_indices(7, 1, 7 * epoch + i, seed=3) for i in range(7)])
+        assert sorted(order.tolist()) == list(range(7))
+        for i in order:
+            a, b = live.batch(i[None]), cached.batch(i[None])
+            assert a.instructions == b.instructions == [truth[i]["instruction"]]
+            for x, y in zip(tensors(a), tensors(b), strict=True):
+                assert x.dtype == y.dtype and torch.equal(x, y)
+            for key, latent in (("ref", b.reference), ("tgt", b.target)):
+                picture = resize(open_image(resolve(rows, truth[i], key)), 48, 48)
+                assert torch.equal(latent, encode_image(vae, torch.from_numpy(picture)[None]))
+    assert (live.mean_depth() is None) == (gss == "none")
+    if gss != "none":
+        assert torch.equal(live.mean_depth(), cached.mean_depth())
+    together, alone = cached.batch(torch.tensor([4, 1])), [cached.batch(torch.tensor([i])) for i in (4, 1)]
+    for x, *parts in zip(tensors(together), *map(tensors, alone)):
+        assert torch.equal(x, torch.cat(parts))
+
+
+def test_depth_target_is_the_exact_one(rows, weights, tmp_path):
+    pair = scenes.make_pair(3, split="train", size=48, extras=False)
+    found = triples(rows, weights, tmp_path / "cache", "eds").batch(torch.tensor([3])).depth
+    expected = depth_target(None, torch.from_numpy(scenes.disparity(pair.tgt_depth))[None], 3, "eds")
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)  # 16 bits
+
+
+def test_depth_anything_where_no_depth_is_given(rows, weights, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(encode, "load_depth", lambda folder, device: asked.append(folder) or "teacher")
+    monkeypatch.setattr(encode, "depth_image", lambda model, images: images.float().mean(dim=-1) / 127.5 - 1)
+    write_rows(rows, [{k: v for k, v in row.items() if k != "depth_tgt" or row["id"] == "0"} for row in read_rows(rows)])
+    found = triples(rows, weights, tmp_path / "cache", "eds").batch(torch.tensor([1])).depth
+    picture = torch.from_numpy(resize(open_image(rows.parent / "pictures/1-tgt.png"), 48, 48))
+    assert asked == [weights]
+    torch.testing.assert_close(found, depth_target(None, picture.float().mean(dim=-1)[None] / 127.5 - 1, 3, "eds"))
+
+
+def test_order_and_names_of_the_rows_do_not_matter(rows, weights, tmp_path, capsys):
+    first = triples(rows, weights, tmp_path / "cache")
+    renamed = [row | {"id": f"other {row['id']}"} for row in reversed(read_rows(rows))]
+    write_rows(rows, renamed)
+    capsys.readouterr()
+    again = triples(rows, weights, tmp_path / "cache")
+    assert "encod" not in capsys.readouterr().out
+    for x, y in zip(tensors(first.batch(torch.tensor([2]))), tensors(again.batch(torch.tensor([4])))):
+        assert torch.equal(x, y)
+
+
+def test_a_changed_picture_is_encoded_again(rows, weights, tmp_path):
+    before = triples(rows, weights, tmp_path / "cache").batch(torch.tensor([0]))
+    save_png(rows.parent / "pictures/0-tgt.png", 255 - open_image(rows.parent / "pictures/0-tgt.png"))
+    encode._digests.clear()  # a new run
+    after = triples(rows, weights, tmp_path / "cache").batch(torch.tensor([0]))
+    assert torch.equal(before.reference, after.reference) and not torch.equal(before.target, after.target)
+
+
+def test_size_is_said_before_it_is_written(rows, weights, tmp_path, capsys, monkeypatch):
+    triples(rows, weights, tmp_path / "cache")
+    said = float(re.search(r": ([\d.]+) MB to write", capsys.readouterr().out)[1])
+    files = [load_file(path) for path in (tmp_path / "cache").glob("*.safetensors")]
+    assert said == round(sum(x.nbytes for file in files for x in file.values()) / 1e6, 2) > 0
+    monkeypatch.setattr(encode.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match="on a larger disk"):
+        triples(rows, weights, tmp_path / "small")
+    assert not list((tmp_path / "small").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("change, words", [
+    ("vae", r"latent\) made with vae \w+; this run has vae"),
+    ("t5", r"text\) made with t5 \w+; this run has t5"),
+    ("side", "made with side 48; this run has side 64"),
+])  # fmt: skip
+def test_cache_of_other_weights_or_sizes_is_refused(rows, weights, tmp_path, change, words):
+    triples(rows, weights, tmp_path / "cache")
+    folder, preset = weights, TINY
+    if change == "side":
+        preset = replace(TINY, side=64)
+    else:
+        folder = tmp_path / "other"
+        shutil.copytree(weights, folder)
+        network = {k: v + 0.01 for k, v in load_file(folder / f"{change}.safetensors").items()}
+        save_tensors(folder / f"{change}.safetensors", network)
+    with pytest.raises(ValueError, match=words):
+        triples(rows, folder, tmp_path / "cache", preset=preset)
+
+
+def test_interrupted_writing_loses_nothing(rows, weights, tmp_path, monkeypatch):
+    made = []
+
+    def stop(vae, images):
+        made.append(1)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return encode_image(vae, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "encode_image", stop)
+        with pytest.raises(KeyboardInterrupt):
+            triples(rows, weights, tmp_path / "cache")
+    made.clear()
+    monkeypatch.setattr(encode, "encode_image", lambda vae, images: made.append(1) or encode_image(vae, images))
+    triples(rows, weights, tmp_path / "cache")
+    assert len(made) == 1 + 14 - 3  # on the meta device for the size; of 7 references and 7 targets three were kept
+
+
+def test_rows_that_cannot_be_trained_on(rows, weights, tmp_path):
+    whole = read_rows(rows)
+    for key, words in (("tgt", "picture after the edit"), ("instruction", "data.py instruct")):
+        write_rows(rows, [{k: v for k, v in row.items() if k != key or row["id"] != "5"} for row in whole])
+        with pytest.raises(ValueError, match=f"1 of 7 have none, the first is 5.*{words}"):
+            triples(rows, weights, None)
+
+
+def test_pictures_of_two_sizes_in_one_batch(rows, weights, tmp_path):
+    wide = replace(TINY, keep_aspect=True)
+    save_png(rows.parent / "pictures/0-ref.png", np.zeros((40, 80, 3), np.uint8))
+    found = triples(rows, weights, tmp_path / "cache", preset=wide)
+    assert found.batch(torch.tensor([0])).grid == (2, 4)
+    with pytest.raises(ValueError, match="--micro 1"):
+        found.batch(torch.tensor([0, 1]))

@@ -3,14 +3,27 @@
     python -m pytest tests/test_train.py
 """
 
+import gc
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+
+import scenes
+import train
+from data import save_png, write_rows
+from model.text import CLIPText, T5Encoder, build_word_tokenizer
+from model.vae import AutoEncoder
+from model.vggt import VGGT
+from model.weights import save_tensors
+from spatialdiff import PRESETS, build
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +66,78 @@ def test_careless_options(tmp_path):
     assert "say what to train" in run(code=2)
     text = run("--stage", 2, "--weights", tmp_path, "--output", tmp_path, "--shards", 1, "--cache", tmp_path, code=2)
     assert "Stage 2 starts from stage 1's Connector" in text
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Weights of `tiny`, random, a Connector as stage 1 leaves it, and five triples with exact depth."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    for part in ("vae", "t5", "clip", "vggt", "mmdit"):
+        save_tensors(folder / f"weights/{part}.safetensors", dict(build(PRESETS["tiny"], part).state_dict()))
+    save_tensors(folder / "weights/stage1/connector.safetensors", dict(build(PRESETS["tiny"], "connector").state_dict()))
+    build_word_tokenizer(scenes.VOCABULARY).save(str(folder / "weights/tokenizer.json"))
+    rows = []
+    for i in range(5):
+        pair = scenes.make_pair(i, split="train", size=48, extras=False)
+        save_png(folder / f"{i}-ref.png", pair.ref)
+        save_png(folder / f"{i}-tgt.png", pair.tgt)
+        disparity = np.rint((scenes.disparity(pair.tgt_depth) + 1) / 2 * 65535).astype(np.uint16)
+        Image.fromarray(disparity).save(folder / f"{i}-depth.png")
+        rows.append({"id": str(i), "ref": f"{i}-ref.png", "tgt": f"{i}-tgt.png", "depth_tgt": f"{i}-depth.png", "instruction": pair.instruction})
+    write_rows(folder / "rows.jsonl", rows)
+    return folder
+
+
+def on_files(tiny, out, *options, code=0):
+    return run("--preset", "tiny", "--weights", tiny / "weights", "--data", tiny / "rows.jsonl", "--batch", 1, "--steps", 12,
+               "--cache", out / "cache", "--output", out, *options, code=code)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [("--stage", "1"), ("--stage", "2"), ("--stage", "2", "--no-ism")])
+def test_cached_encodings_give_the_same_bits(tiny, tmp_path, monkeypatch, options):
+    """Losses and weights of twelve steps over five triples, so with reshuffled epochs."""
+    on_files(tiny, tmp_path / "live", *options, "--no-cache")
+    text = on_files(tiny, tmp_path / "cached", *options)
+    assert "to write into" in text and not (tmp_path / "live/cache").exists()
+    logs = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("live", "cached")]
+    for log in logs:
+        del log["seconds"]
+    assert logs[0] == logs[1] and logs[0]["loss"] > 0 and (logs[0].get("gss", 0) > 0) == (options == ("--stage", "2"))
+    live, cached = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("live", "cached"))
+    assert live.keys() == cached.keys() and all(torch.equal(live[name], cached[name]) for name in live)
+    assert "to write into" not in on_files(tiny, tmp_path / "cached", *options)  # a second run finds them
+    again = load_file(tmp_path / "cached/checkpoint.safetensors")
+    assert all(torch.equal(again[name], cached[name]) for name in cached)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_encoders_leave_memory(tiny, tmp_path, monkeypatch, cached):
+    """While training on cached encodings no network that makes them is alive; without a cache they are."""
+    alive = []
+
+    def look(task, *rest):
+        assert torch.isfinite(task.loss(torch.tensor([0]), torch.Generator().manual_seed(0))[0])
+        gc.collect()
+        alive.extend(type(x).__name__ for x in gc.get_objects() if type(x) in (T5Encoder, CLIPText, AutoEncoder, VGGT))
+
+    monkeypatch.setattr(train, "train", look)
+    argv = ["train.py", "--stage", "2", "--preset", "tiny", "--weights", tiny / "weights", "--data", tiny / "rows.jsonl", "--batch", 1,
+            "--cache", tmp_path, "--output", tmp_path / "out", *([] if cached else ["--no-cache"])]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(x) for x in argv])
+    gc.collect()
+    train.main()
+    assert sorted(alive) == ([] if cached else ["AutoEncoder", "CLIPText", "T5Encoder", "VGGT"])
+
+
+def test_careless_triples(tiny, tmp_path):
+    on_files(tiny, tmp_path, "--stage", "2")
+    other = tmp_path / "weights"
+    shutil.copytree(tiny / "weights", other)
+    save_tensors(other / "vae.safetensors", {k: v + 0.01 for k, v in load_file(other / "vae.safetensors").items()})
+    assert "made with vae" in on_files(tiny, tmp_path, "--stage", "2", "--weights", other, code=2)
+    assert "found none" in on_files(tiny, tmp_path, "--stage", "2", "--data", tmp_path / "none.jsonl", code=2)
+    assert "rendered world" in run("--stage", "base", "--data", tiny / "rows.jsonl", code=2)
 
 
 @pytest.mark.slow
