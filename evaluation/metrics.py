@@ -1,18 +1,24 @@
-"""Exact metrics of a move on rendered pairs, where the truth is known to the pixel. numpy only.
+"""Metrics of a move: exact ones where the truth is known to the pixel, and what can be said without it.
 
-Known per pair: reference x0, target x1, the scene without the moved object xe, the object's visible masks m0 and m1 in
-x0 and x1, renders of wrong answers. Measured: an edit y. Pictures are (H, W, 3), uint8 or floats in [0, 1].
+Known per rendered pair: reference x0, target x1, the scene without the moved object xe, the object's visible masks m0 and
+m1 in x0 and x1, renders of wrong answers. Measured: an edit y. Pictures are (H, W, 3), uint8 or floats in [0, 1].
 
 The *effect* of the object in a picture z is E(z) = max over channels |box3(z) - box3(xe)| > 0.10: the object and its
 shadow, found by the same operator in y and in x1, so that no segmenter is needed.
 """
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from data import resize
 
 PSNR_CAP = 50.0  # dB: an exact copy
 EFFECT_THRESHOLD = 0.10
 NAMES = ("effect_iou", "centroid_err", "ghost", "arrival", "bg_psnr", "bg_ssim", "obj_psnr", "obj_psnr_shift",
          "retrieval", "order", "psnr", "ssim")
+NAMES_WITHOUT_TRUTH = ("kept_psnr", "kept_ssim", "source_change", "template")
+SCALES = (0.8, 0.9, 1.0, 1.1, 1.25)  # of the template, relative to what fills the target's box
+TEMPLATE_SIDE = 24  # pixels to which the largest template is shrunk: layout and colour decide, not fine texture
 
 
 def as_float(image: np.ndarray) -> np.ndarray:
@@ -59,8 +65,7 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def obj_psnr_shift(y: np.ndarray, x1: np.ndarray, mask: np.ndarray, reach: int = 4) -> float:
     """The best PSNR inside mask over all shifts of y by up to `reach` pixels: identity, forgiving a small misplacement."""
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    r, c, r1, c1 = rows[0], cols[0], rows[-1] + 1, cols[-1] + 1
+    r, c, r1, c1 = bounds(mask)
     padded = np.pad(y, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     shifts = range(2 * reach + 1)
     return max(psnr(padded[r + i:r1 + i, c + j:c1 + j], x1[r:r1, c:c1], mask[r:r1, c:c1]) for i in shifts for j in shifts)
@@ -82,51 +87,148 @@ def centroid_error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(distance) / np.linalg.norm(a.shape))
 
 
+def same_size(edit: np.ndarray, picture: np.ndarray) -> None:
+    if edit.shape != picture.shape:
+        raise ValueError(f"The edit is {edit.shape[1]} x {edit.shape[0]}, its scene {picture.shape[1]} x {picture.shape[0]}; "
+                         "an edit must keep the size of its reference.")
+
+
+def margin(shape: tuple) -> int:
+    """Pixels by which regions grow where the object's shadow is not known: 2 at 128 pixels, in proportion above."""
+    return max(2, max(shape[:2]) // 64)
+
+
 def measure(edit: np.ndarray, pair) -> dict[str, float]:
-    """Every metric of NAMES for one edit of a `scenes.Pair` (rendered with extras).
+    """Those metrics of NAMES that can be had for one edit.
+
+    pair: a `scenes.Pair` rendered with extras, or anything with its fields ref, tgt, mask_ref, mask_tgt, empty, wrong,
+    swapped, amodal_tgt. Without masks (None) only psnr and ssim are measured; without `empty` only the PSNR and SSIM of
+    picture, object and background, which is then what lies outside the grown masks, the shadow's change included.
 
     effect_iou: IoU(E(y), E(x1)).
     centroid_err: distance of the centroids of E(y) and E(x1) / image diagonal.
     ghost: what is left of the object where it stood, 0 clean to 1 unmoved; arrival: the same at the target, 1 is right.
     bg_psnr, bg_ssim: against x1 away from the move. obj_psnr: against x1 inside m1; obj_psnr_shift: best of +-4 px.
-    retrieval: 1 if x1 is nearer to y than x0, xe and every wrong answer are, around the object's two places.
+    retrieval: 1 if x1 is nearer to y than x0, xe and every wrong answer there is are, around the object's two places.
     order: share of pixels, where the moved object's depth order shows, that are nearer to x1 than to the swapped order;
     nan when nothing overlaps it. psnr, ssim: full picture.
     """
-    y, x0, x1, xe = (as_float(image) for image in (edit, pair.ref, pair.tgt, pair.empty))
-    if y.shape != x1.shape:
-        raise ValueError(f"The edit is {y.shape[1]} x {y.shape[0]}, its scene {x1.shape[1]} x {x1.shape[0]}; "
-                         "an edit must keep the size of its reference.")
+    y, x0, x1 = (as_float(image) for image in (edit, pair.ref, pair.tgt))
+    same_size(y, x1)
     m0, m1 = pair.mask_ref, pair.mask_tgt
-    smooth = box(xe, 3)
-    effect_y, effect_0, effect_1 = ((np.abs(box(z, 3) - smooth) > EFFECT_THRESHOLD).any(-1) for z in (y, x0, x1))
-    background = ~dilate(effect_0 | effect_1 | m0 | m1, 2)
-
-    places = dilate(m0 | m1, 2)
-    others = (x0, xe, *(as_float(image) for image in pair.wrong.values()))
-    distance = ((y - x1)[places] ** 2).sum()
-    order = float("nan")
-    if pair.swapped is not None:
-        swapped = as_float(pair.swapped)
-        shows = pair.amodal_tgt & (swapped != x1).any(-1)
-        if shows.any():
-            order = float((((y - x1) ** 2).sum(-1) < ((y - swapped) ** 2).sum(-1))[shows].mean())
-
     similarity = ssim_map(y, x1)
-    return {
-        "effect_iou": float((effect_y & effect_1).sum() / max(1, (effect_y | effect_1).sum())),
-        "centroid_err": centroid_error(effect_y, effect_1),
-        "ghost": projection(y, xe, x0, m0 & ~dilate(m1, 1)),
-        "arrival": projection(y, xe, x1, m1 & ~dilate(m0, 1)),
+    found = {"psnr": psnr(y, x1), "ssim": float(similarity[3:-3, 3:-3].mean())}
+    if m0 is None or m1 is None:
+        return found
+
+    found |= {"obj_psnr": psnr(y, x1, m1), "obj_psnr_shift": obj_psnr_shift(y, x1, m1) if m1.any() else float("nan")}
+    background = ~dilate(m0 | m1, margin(y.shape))
+    if pair.empty is not None:
+        xe = as_float(pair.empty)
+        smooth = box(xe, 3)
+        effect_y, effect_0, effect_1 = ((np.abs(box(z, 3) - smooth) > EFFECT_THRESHOLD).any(-1) for z in (y, x0, x1))
+        background = ~dilate(effect_0 | effect_1 | m0 | m1, 2)
+
+        places = dilate(m0 | m1, 2)
+        others = (x0, xe, *(as_float(image) for image in pair.wrong.values()))
+        distance = ((y - x1)[places] ** 2).sum()
+        order = float("nan")
+        if pair.swapped is not None:
+            swapped = as_float(pair.swapped)
+            shows = pair.amodal_tgt & (swapped != x1).any(-1)
+            if shows.any():
+                order = float((((y - x1) ** 2).sum(-1) < ((y - swapped) ** 2).sum(-1))[shows].mean())
+        found |= {
+            "effect_iou": float((effect_y & effect_1).sum() / max(1, (effect_y | effect_1).sum())),
+            "centroid_err": centroid_error(effect_y, effect_1),
+            "ghost": projection(y, xe, x0, m0 & ~dilate(m1, 1)),
+            "arrival": projection(y, xe, x1, m1 & ~dilate(m0, 1)),
+            "retrieval": float(all(distance < ((y - other)[places] ** 2).sum() for other in others)),
+            "order": order,
+        }
+    return found | {
         "bg_psnr": psnr(y, x1, background),
         "bg_ssim": float(similarity[background].mean()) if background.any() else float("nan"),
-        "obj_psnr": psnr(y, x1, m1),
-        "obj_psnr_shift": obj_psnr_shift(y, x1, m1),
-        "retrieval": float(all(distance < ((y - other)[places] ** 2).sum() for other in others)),
-        "order": order,
-        "psnr": psnr(y, x1),
-        "ssim": float(similarity[3:-3, 3:-3].mean()),
     }
+
+
+def measure_without_truth(edit: np.ndarray, source: np.ndarray, m0: np.ndarray, m1: np.ndarray) -> dict[str, float]:
+    """NAMES_WITHOUT_TRUTH for one edit of a photograph, from where the object stands (m0) and should stand (m1), (H, W).
+
+    kept_psnr, kept_ssim: against the *source* outside both regions, grown; source_change: share of m0, less m1, where
+    the edit differs from the source by more than the effect threshold, 0 means that the object was not taken away (1
+    does not mean that the hole was filled well); template: `template_similarity`.
+    """
+    y, x0 = as_float(edit), as_float(source)
+    same_size(y, x0)
+    background = ~dilate(m0 | m1, margin(y.shape))
+    left = m0 & ~dilate(m1, 1)
+    changed = (np.abs(box(y, 3) - box(x0, 3)) > EFFECT_THRESHOLD).any(-1)
+    return {
+        "kept_psnr": psnr(y, x0, background),
+        "kept_ssim": float(ssim_map(y, x0)[background].mean()) if background.any() else float("nan"),
+        "source_change": float(changed[left].mean()) if left.any() else float("nan"),
+        "template": template_similarity(edit, source, m0, m1),
+    }
+
+
+def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of a mask that is not empty; the last two just outside."""
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return rows[0], cols[0], rows[-1] + 1, cols[-1] + 1
+
+
+def template_similarity(edit: np.ndarray, source: np.ndarray, m0: np.ndarray, m1: np.ndarray) -> float:
+    """How much the edit's target region looks like the object of the source: normalised cross-correlation, at most 1.
+
+    edit, source: uint8. The object's pixels (m0) are compared, over all channels at once so that colour counts, at every
+    place around the box of m1 and at a few sizes that about fill it; the best is given. nan for empty regions or an object
+    of one grey.
+    """
+    if not (m0.any() and m1.any()):
+        return float("nan")
+    top, left, bottom, right = bounds(m0)
+    t, l, b, r = bounds(m1)
+    fit = ((b - t) * (r - l) / ((bottom - top) * (right - left))) ** 0.5
+    shrink = min(1, TEMPLATE_SIDE / (max(bottom - top, right - left) * fit * SCALES[-1]))
+    small = resize(edit, *(max(1, round(side * shrink)) for side in edit.shape[:2]))
+    best = float("nan")
+    for scale in SCALES:
+        h, w = (max(2, round(side * fit * scale * shrink)) for side in (bottom - top, right - left))
+        template = resize(source[top:bottom, left:right], h, w) / 255
+        weight = resize(255 * m0[top:bottom, left:right, None].repeat(3, 2).astype(np.uint8), h, w) / 255
+        spans = []  # of the window, rows then columns, in the shrunk edit: the box and an eighth more on each side
+        for low, high, side in ((t, b, h), (l, r, w)):
+            half = max((high - low) * shrink * 1.25, side) / 2
+            centre = (low + high) / 2 * shrink
+            spans.append(np.arange(int(centre - half), int(centre - half) + max(side, round(2 * half)) + 1))
+        rows, cols = (np.clip(span, 0, n - 1) for span, n in zip(spans, small.shape))  # beyond the border: repeated
+        windows = sliding_window_view(small[np.ix_(rows, cols)] / 255, (h, w), axis=(0, 1))  # (P, Q, 3, h, w)
+        k = np.moveaxis(weight, 2, 0) / weight.sum()
+        pattern = np.moveaxis(template, 2, 0)
+        pattern = pattern - (k * pattern).sum()
+        sums = [np.tensordot(x, k * z, 3) for x, z in ((windows, 1), (windows**2, 1), (windows, pattern))]
+        spread = np.sqrt(np.maximum(sums[1] - sums[0] ** 2, 1e-6) * (k * pattern**2).sum())
+        if spread.max() > 1e-4:
+            best = np.fmax(best, (sums[2] / np.maximum(spread, 1e-6)).max())
+    return float(best)
+
+
+def order_agreement(disparity: np.ndarray, truth: np.ndarray, moved: np.ndarray, others: list[np.ndarray]) -> float:
+    """Share of the other objects to which the moved one stands, in front or behind, as in the truth.
+
+    disparity (of the edit) and truth: maps (H, W), near is large, each on a scale of its own; moved, others: masks in the
+    truth. Medians in the masks are compared, with a margin of 2 % of the map's range: what is nearer by less in the truth
+    is left out, in the edit it counts as wrong. nan when nothing is left.
+    """
+    def sides(depth):
+        gap = np.array([np.median(depth[moved]) - np.median(depth[other]) for other in others if other.any()])
+        return np.sign(gap) * (np.abs(gap) > 0.02 * np.ptp(depth))
+
+    if not moved.any():
+        return float("nan")
+    right = sides(truth)
+    return float((sides(disparity) == right)[right != 0].mean()) if right.any() else float("nan")
 
 
 def success(values: dict[str, float], ceiling_bg_psnr: float) -> float:
@@ -138,12 +240,17 @@ def success(values: dict[str, float], ceiling_bg_psnr: float) -> float:
                  and values["bg_psnr"] > 25 and values["bg_psnr"] >= ceiling_bg_psnr - 3)
 
 
-def bootstrap(values, resamples: int = 2000) -> tuple[float, float, float]:
-    """Mean of a list of numbers and its 95 % percentile bootstrap interval: (mean, low, high); nan entries are left out."""
+def bootstrap(values, resamples: int = 2000, statistic=None) -> tuple[float, float, float]:
+    """Mean of a list of numbers and its 95 % percentile bootstrap interval: (mean, low, high); nan entries are left out.
+
+    With `statistic`, values are rows of K numbers and it turns their means (..., K) into the number wanted: resampling keeps
+    a row together.
+    """
     values = np.asarray(values, dtype=np.float64)
-    values = values[~np.isnan(values)]
-    if not values.size:
+    values = values[~np.isnan(values if values.ndim == 1 else values.sum(1))]
+    if not len(values):
         return (float("nan"),) * 3
-    draws = np.random.default_rng(0).integers(values.size, size=(resamples, values.size))
-    low, high = np.percentile(values[draws].mean(1), (2.5, 97.5))
-    return float(values.mean()), float(low), float(high)
+    statistic = statistic or (lambda means: means)
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(statistic(values[draws].mean(1)), (2.5, 97.5))
+    return float(statistic(values.mean(0))), float(low), float(high)

@@ -1,0 +1,205 @@
+"""Scores of any number of methods on one benchmark: exact metrics, the judge's, their tables and the report."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data import open_image, resize, resolve, write_rows
+from evaluation import chat, metrics, pages, viescore
+from evaluation.benchmark import COLUMNS, measure, output_path, read_sample
+
+COPY = "source copy"  # a row of every table: what doing nothing scores
+JUDGED = ("SC", "PQ", "O", "O_sample_mean")
+NOT_COMPARABLE = ("The paper's own numbers: its judge, its 150 pictures (SpatialBench, not public), quoted. They cannot be compared with "
+                  "figures measured on another benchmark or by another judge.")
+
+
+def interval(triple: tuple[float, float, float]) -> dict[str, float] | None:
+    """(mean, low, high) as results.json has it; None for nan."""
+    return None if np.isnan(triple[0]) else {key: round(x, 5) for key, x in zip(("mean", "low", "high"), triple)}
+
+
+def cell(value) -> str:
+    """mean [low, high] of an interval, or a text as it is; nothing for None."""
+    if not isinstance(value, dict):
+        return "" if value is None else str(value)
+    digits = 1 if value["high"] > 2 else 3
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """A Markdown table of texts and intervals."""
+    lines = [header, ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def collect(file: Path, rows: list[dict], outputs: dict[str, Path], depth_model=None) -> tuple[list[dict], dict[str, dict[str, str]]]:
+    """Measures every output there is, and the source itself as COPY.
+
+    Returns a record for each (method, id, group, relation, source and picture paths, sha256 of both files, metrics that
+    apply), and for each method why the pictures that could not be scored could not: {id: sentence}.
+    """
+    records, missing = [], {method: {} for method in outputs}
+    for row in rows:
+        sample, source = read_sample(file, row), resolve(file, row, "ref")
+        paths = {COPY: source} | {method: output_path(folder, row["id"]) for method, folder in outputs.items()}
+        for method, path in paths.items():
+            try:
+                edit = open_image(path)
+            except (FileNotFoundError, ValueError) as error:
+                missing[method][row["id"]] = str(error)
+                continue
+            values = {name: value for name, value in measure(edit, sample, depth_model).items() if not np.isnan(value)}
+            records.append({
+                "method": method, "id": row["id"], "group": row.get("group", "all"), "relation": row.get("relation", ""),
+                "instruction": row["instruction"], "source": str(source), "picture": str(path),
+                "sha256": {"source": sha256(source), "picture": sha256(path)}, "metrics": values})
+    return records, missing
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def judge(records: list[dict], client: chat.Chat, threads: int, attempts: int, images_first: bool) -> None:
+    """Adds `judge` to every record: raw answers, score lists, model, prompt versions."""
+    def work(record):
+        rating = viescore.judge(client, open_image(record["source"]), open_image(record["picture"]), record["instruction"],
+                                attempts, images_first)
+        record["judge"] = rating | {"model": client.endpoint.model, "prompts": [viescore.SC_VERSION, viescore.PQ_VERSION]}
+    chat.run(records, work, threads, "judged")
+
+
+def unanswered(records: list[dict], client: chat.Chat, images_first: bool) -> int:
+    """Calls that `judge` would have to send, unreadable answers aside."""
+    keys = set()
+    for record in records:
+        source, edit = open_image(record["source"]), open_image(record["picture"])
+        for parts, version in viescore.requests(source, edit, record["instruction"]).values():
+            if client.known(parts, version, images_first=images_first) is None:
+                keys.add(client.key(parts, version, images_first=images_first))
+    return len(keys)
+
+
+def summarise(records: list[dict]) -> dict:
+    """n, metrics and, if judged, the judge's averages of one method's records: intervals as `interval` gives them."""
+    found = {"n": len(records), "metrics": {}}
+    for name in COLUMNS:
+        values = [record["metrics"][name] for record in records if name in record["metrics"]]
+        if values:
+            found["metrics"][name] = interval(metrics.bootstrap(values)) | {"n": len(values)}
+    if records and "judge" in records[0]:
+        means = viescore.summarise([record["judge"] for record in records], [record["group"] for record in records])
+        found["judge"] = {key: interval(value) if key in JUDGED else value for key, value in means.items()}
+        if not means["n"]:
+            found["judge"]["group_means"] = None  # nan is no JSON
+    return found
+
+
+def results(records: list[dict], missing: dict[str, dict[str, str]]) -> dict[str, dict]:
+    """method -> `summarise`, with `missing` (ids), and the same by group and by relation."""
+    found = {}
+    for method in (COPY, *missing):
+        mine = [record for record in records if record["method"] == method]
+        found[method] = summarise(mine) | {"missing": sorted(missing.get(method, {}))} | {
+            f"{key}s": {name: summarise([record for record in mine if record[key] == name])
+                        for name in sorted({record[key] for record in mine if record[key]})} for key in ("group", "relation")}
+    return found
+
+
+def method_table(caption: str, found: dict[str, dict]) -> pages.Table:
+    """Methods as rows. n counts outputs; the judge's means leave out those that failed, which are counted beside them."""
+    names = [name for name in COLUMNS if any(name in entry["metrics"] for entry in found.values())]
+    judged = any("judge" in entry for entry in found.values())
+    rows = []
+    for method, entry in found.items():
+        scores = entry.get("judge", {})
+        rows.append([method, entry["n"], len(entry.get("missing", ())), *([scores.get("failed"), *map(scores.get, JUDGED)] if judged else ()),
+                     *map(entry["metrics"].get, names)])
+    header = ["method", "n", "missing", *(["judge failed", *JUDGED] if judged else ()), *names]
+    return pages.Table(caption, header, [list(map(cell, row)) for row in rows])
+
+
+def tables(found: dict[str, dict]) -> list[pages.Table]:
+    """All methods; the same by group where there are several, and GEdit-Bench's means over the groups."""
+    made = [method_table("All samples, mean [95 % bootstrap interval]", found)]
+    names = sorted({group for entry in found.values() for group in entry["groups"]})
+    if len(names) > 1:
+        made += [method_table(f"Group {name}", {method: entry["groups"][name] for method, entry in found.items() if name in entry["groups"]})
+                 for name in names]
+        means = {method: entry["judge"]["group_means"] for method, entry in found.items() if entry.get("judge", {}).get("group_means")}
+        if means:
+            made.append(pages.Table("Judge, means of each group averaged over the groups (as GEdit-Bench)", ["method", "SC", "PQ", "O"],
+                                    [[method, *(f"{x:.3f}" for x in entry.values())] for method, entry in means.items()]))
+    return made
+
+
+def paper_tables() -> list[pages.Table]:
+    """The paper's main table and ablation, marked as the paper's."""
+    def number(x):
+        return "" if x is None else f"{x:.3f}"
+    return [
+        pages.Table("The paper's table, not measured here", ["method", "SC (GPT-5)", "PQ", "O", "O (Qwen3-VL)"],
+                    [[row.method, *map(number, (row.sc, row.pq, row.o, row.qwen_o))] for row in viescore.PAPER], note=NOT_COMPARABLE),
+        pages.Table("The paper's ablation, not measured here", ["method", "SC (GPT-5)", "PQ", "O"],
+                    [[row.method, *map(number, (row.sc, row.pq, row.o))] for row in viescore.PAPER_ABLATION], note=NOT_COMPARABLE)]
+
+
+def merit(records: list[dict]) -> str:
+    """The measure by which cases are called best and worst: the first of these that any record has."""
+    return next(name for name in ("O", "effect_iou", "obj_psnr", "template", "psnr", "")
+                if not name or any(value(record, name) is not None for record in records))
+
+
+def value(record: dict, name: str) -> float | None:
+    """A metric of one record, or SC, PQ, O of its judgement; None where there is none."""
+    if name not in ("SC", "PQ", "O"):
+        return record["metrics"].get(name)
+    pair = viescore.scores(record["judge"]) if "judge" in record else None
+    return pair and float(dict(zip(("SC", "PQ", "O"), (*pair, viescore.overall(*pair))))[name])
+
+
+def cases(file: Path, rows: list[dict], records: list[dict], count: int = 3) -> list[pages.Case]:
+    """The `count` worst and best outputs of every method by `merit`, with source, edit and the truth if there is one."""
+    by_id, name, chosen = {row["id"]: row for row in rows}, merit(records), []
+    for method in dict.fromkeys(record["method"] for record in records if record["method"] != COPY):
+        ranked = sorted((record for record in records if record["method"] == method and value(record, name) is not None),
+                        key=lambda record: value(record, name))
+        few = min(count, len(ranked) // 2)
+        for kind, part in (("worst", ranked[:few]), ("best", ranked[::-1][:max(few, min(1, len(ranked)))])):
+            for record in part:
+                source = open_image(record["source"])
+                pictures = {"source": source, "edit": resize(open_image(record["picture"]), *source.shape[:2])}
+                if truth := resolve(file, by_id[record["id"]], "tgt"):
+                    pictures["truth"] = open_image(truth)
+                numbers = {key: f"{value(record, key):.3g}" for key in ("SC", "PQ", "O", *record["metrics"]) if value(record, key) is not None}
+                chosen.append(pages.Case(f"{method}: {record['id']}", record["instruction"], pictures, numbers, kind))
+    return chosen
+
+
+def bars(found: dict[str, dict], name: str) -> list[pages.Bars]:
+    """One measure of every method, by relation or, where rows have none, by group."""
+    key = "relations" if any(entry["relations"] for entry in found.values()) else "groups"
+    labels = sorted({label for entry in found.values() for label in entry[key]})
+
+    def triple(entry, label):
+        part = entry[key].get(label, {})
+        known = part.get("judge", {}).get(name) if name in JUDGED else part.get("metrics", {}).get(name)
+        return known and (known["mean"], known["low"], known["high"])
+
+    series = {method: [triple(entry, label) for label in labels] for method, entry in found.items()}
+    return [pages.Bars(f"{name} by {key[:-1]}", name, labels, series)] if labels and name else []
+
+
+def write(folder: Path, file: Path, rows: list[dict], records: list[dict], missing: dict, facts: dict[str, str], notes: list[str]) -> dict:
+    """scores.jsonl (every record), results.json and report.html in `folder`; returns the results."""
+    found = results(records, missing)
+    write_rows(folder / "scores.jsonl", records)
+    (folder / "results.json").write_text(json.dumps({"facts": facts, "methods": found, "notes": notes}, indent=1))
+    pages.report(folder / "report.html", "Evaluation", facts, tables(found) + paper_tables(), bars(found, merit(records)),
+                 cases(file, rows, records), notes)
+    return found
+
+
