@@ -193,26 +193,30 @@ def read_mask(file: str | Path, row: dict, key: str, size: tuple[int, int] | Non
 def read_labels(path: str | Path) -> np.ndarray:
     """A picture of coloured labels as uint8 (H, W): k where it shows colour k of SET1, 0 elsewhere.
 
-    Rims may be antialiased. A blend of two colours is often nearest to a third one (orange on black to brown), so a pixel
-    that is not within 20 levels (Euclidean) of a colour takes the nearest of those that are seen pure at most two pixels
-    away, black and white (both background) among them; 0 if there are none. Pixels less than half opaque are background.
+    Rims may be antialiased, and a blend of two colours is often close to a third one (red on green to brown). So only pixels
+    of exactly a colour, or in a 2 x 2 block of one (within 20 levels, Euclidean), count as they are. Any other takes the
+    nearest of such colours at most two pixels away, or if there are fewer than two, of all that are found there within 20
+    levels; 0 if there are none. Black and white are background, as are pixels less than half opaque.
     """
     pixels = read_picture(path, lambda image: np.array(image.convert("RGBA")))
-    solid = pixels[..., 3] >= 128
-    rgb = pixels[..., :3].astype(np.int32)
-    if solid.any():  # else the alpha channel says nothing
-        rgb[~solid] = 0
+    opaque, rgb = pixels[..., 3] >= 128, pixels[..., :3].astype(np.int32)
+    if opaque.any():  # else the alpha channel says nothing
+        rgb[~opaque] = 0
     colours = np.concatenate([[(0, 0, 0), (255, 255, 255)], SET1]).astype(np.int32)
     distance = np.stack([((rgb - colour) ** 2).sum(-1) for colour in colours])  # (11, H, W), squared
-    nearest = distance.argmin(0)
-    pure = distance.min(0) <= 20**2
-    if not pure.all():
-        (H, W), y, x = pure.shape, *np.nonzero(~pure)
-        padded = np.pad(np.where(pure, nearest, -1), 2, constant_values=-1)
-        around = np.stack([padded[y + i, x + j] for i in range(5) for j in range(5)])  # (25, pixels)
-        seen = (around[:, None] == np.arange(len(colours))[:, None]).any(0)  # (11, pixels)
-        blends = np.where(seen, distance[:, y, x], np.iinfo(np.int32).max)
-        nearest[y, x] = np.where(seen.any(0), blends.argmin(0), 0)
+    nearest, least = distance.argmin(0), distance.min(0)
+    pure = np.where(least <= 20**2, nearest, -1)
+    corner = pure[1:, 1:]
+    block = (corner >= 0) & (corner == pure[:-1, 1:]) & (corner == pure[1:, :-1]) & (corner == pure[:-1, :-1])
+    block = np.pad(block, 1)
+    solid = np.where((least == 0) | block[1:, 1:] | block[1:, :-1] | block[:-1, 1:] | block[:-1, :-1], pure, -1)
+    y, x = np.nonzero(solid < 0)
+    padded = np.pad([solid, pure], ((0, 0), (2, 2), (2, 2)), constant_values=-1)
+    around = np.stack([padded[:, y + i, x + j] for i in range(5) for j in range(5)], 1)  # (2, 25, pixels)
+    of_solid, of_pure = (around[:, :, None] == np.arange(len(colours))[:, None]).any(1)  # each (11, pixels)
+    allowed = np.where(of_solid.sum(0) >= 2, of_solid, of_pure)
+    choice = np.where(allowed, distance[:, y, x], np.iinfo(np.int32).max).argmin(0)
+    nearest[y, x] = np.where(allowed.any(0), choice, 0)
     return np.maximum(nearest - 1, 0).astype(np.uint8)  # black 0, white 1 -> 0
 
 
@@ -399,7 +403,7 @@ def check(file: Path, rows: list[dict], most: int = 10) -> int:
             sizes.update([size] * (size is not None))
     print(f"{file}: {len(rows)} rows, {sum('tgt' in row for row in rows)} with a target, "
           f"{sum('mask_ref' in row or 'mask_tgt' in row for row in rows)} with masks")
-    origin = lambda row: " ".join(row.get("source", {}).get(key, "") for key in ("kind", "task", "level")).strip()
+    origin = lambda row: " ".join(str(row["source"][key]) for key in ("kind", "task", "level") if key in row.get("source", {}))
     facts = {"source": Counter(map(origin, rows)),
              **{key: Counter(row.get(key, "") for row in rows) for key in ("split", "relation", "group")},
              "written by": Counter(str(row.get("checks", {}).get("instruction", "")) for row in rows),
