@@ -156,19 +156,27 @@ VIEWER = re.compile(r"(?:the )?(?:camera|viewer|observer|foreground|front|lens|u
 SIDEWAYS = re.compile(r"(?:to |the |its )*(?:left|right)|(?:the|a|an|its) ")  # "further to the left", "closer to the wall"
 
 
+def depth(start: Place, end: Place) -> int:
+    """1: nearer to the camera, -1: farther away, 0: neither. The lower edge tells; the size only where the edge stayed,
+    since an object that another one covers in part looks smaller."""
+    rise = end.bottom - start.bottom
+    if abs(rise) > RISE:
+        return 1 if rise > 0 else -1
+    return (end.area > GROWTH * start.area) - (start.area > GROWTH * end.area)
+
+
 def directions(text: str, known: Facts, start: Place, end: Place) -> list[tuple[str, bool]]:
     """What `text` says of a move from start to end, and whether it holds: [(words, holds)].
 
     Beside an object whose place is known ("left of the chair") the object's place counts; else the way that it went.
     """
-    closer = end.bottom - start.bottom > RISE or end.area > GROWTH * start.area
-    farther = start.bottom - end.bottom > RISE or start.area > GROWTH * end.area
+    closer, farther = depth(start, end) > 0, depth(start, end) < 0
     said = []
     for m in CORNER.finditer(text):
-        depth, side = m[1] or m[3], m[2] or m[4]
-        near = depth in ("near", "front", "bottom", "lower")
+        row, side = m[1] or m[3], m[2] or m[4]
+        near = row in ("near", "front", "bottom", "lower")
         said.append((m[0], (end.x < 1 / 3 if side == "left" else end.x > 2 / 3)
-                     and (not depth or (end.y > 1 / 2 if near else end.y < 1 / 2))))
+                     and (not row or (end.y > 1 / 2 if near else end.y < 1 / 2))))
     text = CORNER.sub("", text)
     for m in BETWEEN.finditer(text):
         one, two = named(m["one"], known), named(m["two"], known)
@@ -259,15 +267,13 @@ def template(known: Facts) -> str:
         sentence = f"Move the {name} to the {'left' if gap < 0 else 'right'} of the {near[0][1]}."
         if not check_instruction(sentence, known):
             return sentence
-    closer = end.bottom - start.bottom > RISE or (end.area > GROWTH * start.area and start.bottom - end.bottom <= RISE)
-    farther = not closer and (start.bottom - end.bottom > RISE or start.area > GROWTH * end.area)
     side = f"to the {'left' if dx < 0 else 'right'}" if abs(dx) > SHIFT else ""
-    depth = "closer to the camera" if closer else "farther away from the camera" if farther else ""
-    if side and depth and abs(end.bottom - start.bottom) <= SHIFT:
-        depth = ""
-    if not side and not depth:
+    away = {1: "closer to the camera", -1: "farther away from the camera", 0: ""}[depth(start, end)]
+    if side and abs(end.bottom - start.bottom) <= SHIFT:
+        away = ""
+    if not side and not away:
         raise ValueError("The masks show no move that a sentence could tell.")
-    return f"Move the {name} {' and '.join(filter(None, (side, depth)))}."
+    return f"Move the {name} {' and '.join(filter(None, (side, away)))}."
 
 
 # Asking
