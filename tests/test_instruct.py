@@ -19,7 +19,7 @@ from evaluation.chat import ChatRefused, Endpoint
 from scenes import make_pair
 from tests.fake_server import FakeServer
 from triples import instruct
-from triples.instruct import SWAPPED, Facts, Place, check_instruction, facts, template
+from triples.sentences import SWAPPED, Facts, Place, check_instruction, facts, template
 
 ROOT = Path(__file__).parent.parent
 
