@@ -155,7 +155,7 @@ def parse() -> argparse.Namespace:
     sub.add_argument("--overwrite", action="store_true", help="make pictures again that are there already")
     add_model_arguments(sub)
 
-    sub = command("score", "Score folders of outputs: exact metrics, and a judge where --url is given.")
+    sub = command("score", "Score folders of outputs, and the source copied: exact metrics; a judge where --url is given.")
     sub.add_argument("--outputs", nargs="+", required=True, metavar="NAME=DIR", help="one picture an id, <id, / as _>.png")
     sub.add_argument("--output", type=Path, required=True, help="folder for scores.jsonl, results.json, report.html")
     sub.add_argument("--depth-weights", type=Path, help="folder with Depth Anything V2: adds depth_order")
@@ -281,28 +281,21 @@ def run_score(args: argparse.Namespace) -> None:
     client = chat.Chat(chat.endpoint_of(args), args.cache or args.output / "calls.jsonl") if args.url else None
     if args.dry_run and client is None:
         raise ValueError("--dry-run counts the judge's calls; give --url and --model.")
-    depth_model = load_depth(args.depth_weights) if args.depth_weights else None
-    records, missing = score.collect(file, rows, outputs, depth_model)
+    depth_model = load_depth(args.depth_weights, choose_device(PRESETS["kontext"], None, None)[0]) if args.depth_weights else None
+    records, missing = score.collect(file, rows, outputs, depth_model, measured=not args.dry_run)
     if args.dry_run:
         print(f"{2 * len(records)} ratings of {len(records)} pictures, {score.unanswered(records, client, args.images_first)} calls not yet answered")
         return
-    notes = [f"{method}: {len(absent)} of {len(rows)} outputs are MISSING and left out of every mean; other methods are measured on more "
-             f"samples. The first: {next(iter(absent.values()))}" for method, absent in missing.items() if absent]
     facts = {"benchmark": f"{file}, {len(rows)} rows", "judge": "none: exact metrics only"}
     if client:
         score.judge(records, client, args.threads, args.attempts, args.images_first)
         facts["judge"] = f"{client.endpoint.model}, prompts {viescore.SC_VERSION} and {viescore.PQ_VERSION}"
         facts["calls"] = ", ".join(f"{name} {round(count)}" for name, count in client.counts.items())
-        for method in (score.COPY, *outputs):
-            ratings = [record["judge"] for record in records if record["method"] == method]
-            failed = [rating for rating in ratings if viescore.scores(rating) is None]
-            if failed:
-                problem = failed[0]["sc"]["problem"] or failed[0]["pq"]["problem"]
-                notes.append(f"{method}: the judge FAILED on {len(failed)} of {len(ratings)}, left out of its means. The first: {problem}")
-    notes.append("placed: effect_iou > 0.5, ghost < 0.3, bg_psnr > 25; retrieval: the truth is nearer than the source and the empty "
-                 "scene. A high PQ with a low SC means that nothing was edited.")
-    if depth_model is None:
-        notes.append("depth_order was not measured: no --depth-weights.")
+    notes = score.warnings(records, missing, len(rows)) + [
+        "Every figure is a mean over the samples whose rows allow it. placed: effect_iou > 0.5, ghost < 0.3, bg_psnr > 25; retrieval: the "
+        "truth is nearer than the source and the empty scene. A high PQ with a low SC means that nothing was edited."]
+    if not any("depth_order" in record["metrics"] for record in records):
+        notes.append("depth_order was not measured: " + ("no row tells the other objects apart by labels." if depth_model else "no --depth-weights."))
     found = score.write(args.output, file, rows, records, missing, facts, notes)
     for part in (*score.tables(found), *score.paper_tables()):
         print(f"\n{part.caption}\n\n{markdown(part.header, part.rows)}" + f"\n\n{part.note}" * bool(part.note))
@@ -312,22 +305,15 @@ def run_score(args: argparse.Namespace) -> None:
 def run_sanity(args: argparse.Namespace) -> None:
     file, rows = benchmark.read_benchmark(args.benchmark)
     rows = [row for row in rows if row.get("tgt") and row.get("mask_ref")]
-    if not rows:
-        raise ValueError(f"Expected rows with tgt and mask_ref in {file}, found none; a composed benchmark has them in its group object.")
+    if not rows or args.count < 1:
+        raise ValueError(f"Expected rows with tgt and mask_ref in {file}, found {len(rows)}, and --count of at least 1. A composed benchmark "
+                         "has such rows in its group object.")
     rows = random.Random(args.seed).sample(rows, min(args.count, len(rows)))
     client = chat.Chat(chat.endpoint_of(args), args.cache)
-
-    def work(job):
-        case, row = job
-        sample = benchmark.read_sample(file, row)
-        return viescore.judge(client, sample.ref, viescore.sanity_pictures(sample)[case], row["instruction"], args.attempts, args.images_first)
-
     if args.dry_run:
         print(f"{2 * len(rows) * len(viescore.SANITY)} calls, less those that the cache answers")
         return
-    jobs = [(case, row) for case in viescore.SANITY for row in rows]
-    ratings = chat.run(jobs, work, args.threads, "judged")
-    lines, passed = viescore.sanity_verdict({case: [r for (c, _), r in zip(jobs, ratings) if c == case] for case in viescore.SANITY})
+    lines, passed = score.sanity(file, rows, client, args.threads, args.attempts, args.images_first)
     print(markdown(["case", "measure", "mean", "must be", "failed", "verdict"], lines))
     print(f"\n{client.endpoint.model} on {len(rows)} samples: " + ("the judge can be used" if passed else "do NOT use this judge"))
     sys.exit(0 if passed else 1)

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -27,7 +28,7 @@ from model.depth import depth_image
 from model.text import unknown_words
 from scenes import known_words
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", *sorted(set(Image.registered_extensions()) - {".png", ".jpg", ".jpeg", ".webp"}))
+SUFFIXES = tuple(dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", *Image.registered_extensions())))
 COLUMNS = ("placed", *metrics.NAMES, *metrics.NAMES_WITHOUT_TRUTH, "depth_order")
 
 
@@ -40,13 +41,15 @@ def read_benchmark(path: str | Path) -> tuple[Path, list[dict]]:
         other = names.setdefault(output_name(row["id"]).lower(), row["id"])
         if other != row["id"]:
             raise ValueError(f"{file}: the ids {other!r} and {row['id']!r} name the same output picture; rename one.")
-        box = row.get("box_tgt")
-        if box is not None:
-            numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
-            if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-                raise ValueError(f"{file}: expected box_tgt of {row['id']!r} as [left, top, right, bottom] in 0..1, y down, "
-                                 f"found {box}.")
+        if "box_tgt" in row:
+            check_box(f"{file}, {row['id']!r}", row["box_tgt"])
     return file, rows
+
+
+def check_box(where: str, box) -> None:
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
+    if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError(f"{where}: expected box_tgt as left, top, right, bottom in 0..1, y down, found {box}.")
 
 
 def output_name(id: str) -> str:
@@ -194,7 +197,9 @@ def read_photographs(path: Path) -> list[dict]:
                 row = {key: str((table.parent / line[name]).resolve())
                        for key, name in (("ref", "image"), ("mask_ref", "mask_ref"), ("mask_tgt", "mask_tgt")) if line.get(name)}
                 if line.get("box_tgt"):
-                    row["box_tgt"] = [float(x) for x in line["box_tgt"].replace(",", " ").split()]
+                    words = line["box_tgt"].replace(",", " ").split()
+                    row["box_tgt"] = [float(x) if re.fullmatch(r"\d*\.?\d+", x) else x for x in words]
+                    check_box(f"{table}, {line['image']}", row["box_tgt"])
                 rows.append(row | {"instruction": (line["instruction"] or "").strip()})
     elif path.is_dir():
         for picture in sorted(path.iterdir()):
@@ -206,33 +211,35 @@ def read_photographs(path: Path) -> list[dict]:
     return [row for row in rows if row.get("ref") and row["instruction"]]
 
 
-def compose(photos: Path | None, objedit: Path | None, folder: Path, complex: int = 100, object: int = 50, seed: int = 0) -> list[dict]:
-    """A benchmark of `complex` photographs and `object` OBJect test pairs in one folder that can be moved, as rows of the
-    groups "complex" and "object". ValueError, before anything is written, where there are fewer, or one is there already.
+def compose(photos: Path | None, objedit: Path | None, folder: Path, photo_count: int = 100, pair_count: int = 50, seed: int = 0) -> list[dict]:
+    """A benchmark of photographs and OBJect test pairs in one folder that can be moved, as rows of the groups "complex" and
+    "object"; the counts are the paper's. ValueError, before anything is written, where there are fewer, a picture is
+    damaged, or `folder` holds a benchmark already.
 
     Drawn at random by `seed` from those with an instruction; of a pair and its reverse, only the pair is taken.
     """
     if (folder / "benchmark.jsonl").exists():
         raise ValueError(f"{folder} holds a benchmark already; give another --out.")
-    sources = []
-    if complex:
-        sources.append(("complex", complex, photos, read_photographs(photos) if photos else [], "photographs with an instruction"))
-    if object:
-        pairs = [] if objedit is None else [
-            row | {key: str(resolve(objedit, row, key).resolve()) for key in PICTURES if row.get(key)}
-            for row in read_rows(objedit, ("id", "ref", "tgt")) if row.get("instruction") and not row["id"].endswith("~")]
-        sources.append(("object", object, objedit, pairs, "test pairs with an instruction"))
+    photographs = read_photographs(photos) if photos and photo_count else []
+    pairs = [row | {key: str(resolve(objedit, row, key).resolve()) for key in PICTURES if row.get(key)}
+             for row in (read_rows(objedit, ("id", "ref", "tgt")) if objedit and pair_count else ())
+             if row.get("instruction") and not row["id"].endswith("~")]
     chosen = []
-    for group, wanted, path, rows, what in sources:
-        if len(rows) < wanted:
-            place = path or ("--objedit" if group == "object" else "--photos")
-            raise ValueError(f"Expected {wanted} {what} in {place}, found {len(rows)}. Add more, or give --{group} {len(rows)}.")
+    for group, count, rows, what, place in (
+            ("complex", photo_count, photographs, "photographs with an instruction", photos or "--photos"),
+            ("object", pair_count, pairs, "test pairs with an instruction", objedit or "--objedit")):
+        if len(rows) < count:
+            raise ValueError(f"Expected {count} {what} in {place}, found {len(rows)}. Add more, or give --{group} {len(rows)}.")
         rows = sorted(rows, key=lambda row: row.get("id", row["ref"]))
-        picked = random.Random(seed).sample(rows, wanted)
-        chosen += [row | {"group": group, "id": f"{group}/{n:03}", "source": row.get("source", {}) | {"id": row.get("id", Path(row["ref"]).name)}}
-                   for n, row in enumerate(picked)]
+        for n, row in enumerate(random.Random(seed).sample(rows, count)):
+            source = row.get("source", {"kind": "photograph"}) | {"id": row.get("id", Path(row["ref"]).name)}
+            chosen.append(row | {"id": f"{group}/{n:03}", "group": group, "source": source})
+    if not chosen:
+        raise ValueError("A benchmark needs rows; --complex and --object are both 0.")
     for row in chosen:
-        open_image(row["ref"])  # damaged files are found before anything is written
+        for key in PICTURES:
+            if row.get(key):
+                open_image(row[key])
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for row in chosen:
         for key in PICTURES:
@@ -241,5 +248,4 @@ def compose(photos: Path | None, objedit: Path | None, folder: Path, complex: in
                 shutil.copyfile(row[key], folder / name)
                 row[key] = name
     write_rows(folder / "benchmark.jsonl", chosen)
-    read_benchmark(folder)
     return chosen

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +36,14 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def collect(file: Path, rows: list[dict], outputs: dict[str, Path], depth_model=None) -> tuple[list[dict], dict[str, dict[str, str]]]:
-    """Measures every output there is, and the source itself as COPY.
+def collect(file: Path, rows: list[dict], outputs: dict[str, Path], depth_model=None, measured: bool = True) -> tuple[list[dict], dict]:
+    """Measures every output there is (unless not `measured`), and the source itself as COPY.
 
     Returns a record for each (method, id, group, relation, source and picture paths, sha256 of both files, metrics that
     apply), and for each method why the pictures that could not be scored could not: {id: sentence}.
     """
     records, missing = [], {method: {} for method in outputs}
-    for row in rows:
+    for done, row in enumerate(rows, 1):
         sample, source = read_sample(file, row), resolve(file, row, "ref")
         paths = {COPY: source} | {method: output_path(folder, row["id"]) for method, folder in outputs.items()}
         for method, path in paths.items():
@@ -51,11 +52,13 @@ def collect(file: Path, rows: list[dict], outputs: dict[str, Path], depth_model=
             except (FileNotFoundError, ValueError) as error:
                 missing[method][row["id"]] = str(error)
                 continue
-            values = {name: value for name, value in measure(edit, sample, depth_model).items() if not np.isnan(value)}
+            values = measure(edit, sample, depth_model) if measured else {}
             records.append({
                 "method": method, "id": row["id"], "group": row.get("group", "all"), "relation": row.get("relation", ""),
                 "instruction": row["instruction"], "source": str(source), "picture": str(path),
-                "sha256": {"source": sha256(source), "picture": sha256(path)}, "metrics": values})
+                "sha256": {"source": sha256(source), "picture": sha256(path)},
+                "metrics": {name: value for name, value in values.items() if not np.isnan(value)}})
+        print(f"\rmeasured {done}/{len(rows)} ", end="\n" * (done == len(rows)), file=sys.stderr, flush=True)
     return records, missing
 
 
@@ -70,6 +73,34 @@ def judge(records: list[dict], client: chat.Chat, threads: int, attempts: int, i
                                 attempts, images_first)
         record["judge"] = rating | {"model": client.endpoint.model, "prompts": [viescore.SC_VERSION, viescore.PQ_VERSION]}
     chat.run(records, work, threads, "judged")
+
+
+def sanity(file: Path, rows: list[dict], client: chat.Chat, threads: int, attempts: int, images_first: bool):
+    """`viescore.sanity_verdict` of a judge on rows with truth and masks."""
+    def work(job):
+        case, row = job
+        sample = read_sample(file, row)
+        return viescore.judge(client, sample.ref, viescore.sanity_pictures(sample)[case], row["instruction"], attempts, images_first)
+
+    jobs = [(case, row) for case in viescore.SANITY for row in rows]
+    ratings = chat.run(jobs, work, threads, "judged")
+    return viescore.sanity_verdict({case: [r for (c, _), r in zip(jobs, ratings) if c == case] for case in viescore.SANITY})
+
+
+def warnings(records: list[dict], missing: dict[str, dict[str, str]], total: int) -> list[str]:
+    """Sentences on what is left out of the means: outputs that are not there, samples that the judge failed on."""
+    found = []
+    for method, absent in missing.items():
+        if absent:
+            found.append(f"{method}: {len(absent)} of {total} outputs are MISSING and left out of its means, so it is measured on other samples "
+                         f"than the rest. The first: {next(iter(absent.values()))}")
+    for method in (COPY, *missing):
+        ratings = [record["judge"] for record in records if record["method"] == method and "judge" in record]
+        failed = [rating for rating in ratings if viescore.scores(rating) is None]
+        if failed:
+            problem = failed[0]["sc"]["problem"] or failed[0]["pq"]["problem"]
+            found.append(f"{method}: the judge FAILED on {len(failed)} of {len(ratings)} samples, which are left out of its means. The first: {problem}")
+    return found
 
 
 def unanswered(records: list[dict], client: chat.Chat, images_first: bool) -> int:

@@ -182,12 +182,12 @@ def sanity_pictures(sample) -> dict[str, np.ndarray]:
     }
 
 
-def erase(picture: np.ndarray, mask: np.ndarray, rounds: int = 200) -> np.ndarray:
+def erase(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The picture with the masked pixels, grown a little, filled smoothly from around them."""
     hole = dilate(mask, 2 * margin(mask.shape))
     filled = picture.astype(np.float64)
     filled[hole] = filled[~hole].mean(0) if (~hole).any() else 128
-    for size in np.geomspace(max(mask.shape) / 4, 3, rounds // 10).astype(int) // 2 * 2 + 1:
+    for size in np.geomspace(max(mask.shape) / 4, 3, 20).astype(int) // 2 * 2 + 1:
         filled[hole] = box(filled, size)[hole]
     return np.rint(filled).astype(np.uint8)
 

@@ -75,6 +75,15 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert sum(r["scenes"] for r in results[0]["relations"].values()) == 2
     assert Image.open(tmp_path / "sheet_seen.png").size[0] == 2 * (3 * 128 + 2 * 8 + 16)
     assert "| success | 1.000 [1.000, 1.000] |" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert all(row in page for row in ROWS) and page.count("data:image/") >= 2 * 3  # two scenes: the worst and the best
+
+
+def test_an_empty_checkpoint_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", f"evaluate.py --scenes 2 --checkpoint {tmp_path}".split())
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2 and "connector.safetensors" in capsys.readouterr().err
 
 
 def test_too_few_scenes_end_in_a_sentence(monkeypatch, capsys):
