@@ -35,7 +35,8 @@ from spatialdiff import (
     depth_target, encode_geometry, encode_image, encode_text, find_frozen, find_learned, load_model, load_part,
     load_tokenizers, losses, make_noise, sample, sample_times, to_uint8, to_unit,
 )
-from triples.encode import SHARD, FileTriples, SceneTriples, World, disparity, encode_scenes, load_images, scene_shards
+from triples.encode import FileTriples
+from triples.world import SHARD, SceneTriples, World, disparity, encode_scenes, load_images, scene_shards
 
 LOG_EVERY = 50
 TIME_BINS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 1.0)  # the loss is logged in each

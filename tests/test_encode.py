@@ -17,8 +17,9 @@ from model.text import build_word_tokenizer
 from model.weights import save_tensors
 from spatialdiff import PRESETS, build, depth_target, encode_geometry, encode_image, find_frozen, load_part
 from train import batch_indices
-from triples import encode
-from triples.encode import FileTriples, World, disparity, encode_scenes, load_images, render_shard
+from triples import encode, world
+from triples.encode import FileTriples
+from triples.world import World, disparity, encode_scenes, load_images, render_shard
 
 TINY = PRESETS["tiny"]
 WORLD = World(size=48, shards=2)
@@ -29,7 +30,7 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     paths = [folder / f"{i:04}.safetensors" for i in range(2)]
     patch = pytest.MonkeyPatch()
-    patch.setattr(encode, "SHARD", 3)
+    patch.setattr(world, "SHARD", 3)
     for i, path in enumerate(paths):
         render_shard((WORLD, i, path))
     patch.undo()
