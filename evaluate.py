@@ -139,7 +139,8 @@ def parse() -> argparse.Namespace:
         sub = commands.add_parser(name, description=about)
         if name != "compose":
             sub.add_argument("--benchmark", type=Path, required=name != "study", help="folder with benchmark.jsonl, or a JSON-lines file")
-        sub.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+        if name != "score":
+            sub.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
         return sub
 
     sub = command("compose", "Make a benchmark of photographs with instructions and OBJect test pairs, as the paper's is made.")

@@ -221,7 +221,8 @@ def bars(found: dict[str, dict], name: str) -> list[pages.Bars]:
         return known and (known["mean"], known["low"], known["high"])
 
     series = {method: [triple(entry, label) for label in labels] for method, entry in found.items()}
-    return [pages.Bars(f"{name} by {key[:-1]}", name, labels, series)] if labels and name else []
+    counted = [f"{label} ({found[COPY][key][label]['n']})" for label in labels]
+    return [pages.Bars(f"{name} by {key[:-1]} (samples)", name, counted, series)] if labels and name else []
 
 
 def write(folder: Path, file: Path, rows: list[dict], records: list[dict], missing: dict, facts: dict[str, str], notes: list[str]) -> dict:

@@ -161,6 +161,23 @@ def test_missing_and_damaged_outputs_are_counted_and_said(bench, tmp_path, monke
     assert "perfect: 2 of 12 outputs are MISSING" in printed and "| perfect | 10 | 2 |" in printed
 
 
+def test_worst_and_best_cases_and_bars_of_the_report(bench, tmp_path):
+    """Three rows with perfect, misplaced and missing edits: the cases are told apart, the bars are by relation."""
+    file, rows = benchmark.read_benchmark(bench)
+    for row, pair, name in zip(rows, PAIRS, ("off", "perfect", "removed", "perfect")):
+        save_png(benchmark.output_path(tmp_path / "mixed", row["id"]), EDITS[name](pair))
+    records, missing = score.collect(file, rows[:4], {"mixed": tmp_path / "mixed"})
+    cases = score.cases(file, rows, records, count=1)
+    assert [(case.kind, case.title) for case in cases] == [("worst", f"mixed: {rows[2]['id']}"), ("best", f"mixed: {rows[3]['id']}")]
+    assert [list(case.pictures) for case in cases] == [["source", "edit", "truth"]] * 2
+    (bars,) = score.bars(score.results(records, missing), "effect_iou")
+    relations = sorted({pair.relation for pair in PAIRS})
+    assert [label.rsplit(" (", 1)[0] for label in bars.labels] == relations
+    for relation, triple in zip(relations, bars.series["mixed"]):
+        values = [r["metrics"]["effect_iou"] for r in records if r["method"] == "mixed" and r["relation"] == relation]
+        assert triple[0] == pytest.approx(np.mean(values), abs=1e-5)
+
+
 def test_template_similarity_finds_a_resized_object_and_its_colour():
     rng = np.random.default_rng(0)
     scene = np.full((120, 160, 3), (120, 130, 110), np.uint8) + rng.integers(0, 6, (120, 160, 3), dtype=np.uint8)
@@ -331,6 +348,9 @@ def test_kill_and_resume_repeats_no_answered_call(bench, tmp_path, monkeypatch, 
         assert server.stats()["requests"] == after["requests"], "a third run asks nothing"
     records = [json.loads(line) for line in (tmp_path / "r/scores.jsonl").read_text().splitlines()]
     assert len(records) == 36 and all(viescore.scores(record["judge"]) and record["judge"]["sc"]["answers"] for record in records)
+    off = json.loads((tmp_path / "r/results.json").read_text())["methods"]["off"]
+    by_group = [entry["judge"]["O_sample_mean"]["mean"] for entry in off["groups"].values()]
+    assert len(by_group) == 3 and off["judge"]["group_means"]["O"] == pytest.approx(np.mean(by_group), abs=1e-4)
 
 
 def test_sanity_command(bench, tmp_path, monkeypatch, capsys):
@@ -339,6 +359,9 @@ def test_sanity_command(bench, tmp_path, monkeypatch, capsys):
             command(monkeypatch, "sanity", "--benchmark", bench, "--url", server.url, "--model", "judge", "--count", "3")
         assert stop.value.code == 0 and server.stats()["requests"] <= 24
     assert "the judge can be used" in capsys.readouterr().out
+    with FakeServer(failures=1, kinds=("empty",)) as server, pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "sanity", "--benchmark", bench, "--url", server.url, "--model", "judge", "--count", "1")
+    assert stop.value.code == 1 and "do NOT use" in capsys.readouterr().out
 
 
 def test_study_command(bench, tmp_path, monkeypatch, capsys):
