@@ -132,7 +132,8 @@ def table_html(table: Table, index: int) -> str:
     for row in table.rows:
         if len(row) != len(table.header):
             raise ValueError(f'Table "{table.caption}" has {len(table.header)} columns, but the row {row} has {len(row)}.')
-    columns = [[row[i] for row in table.rows if row[i].strip() not in ("", "-", "–", "—")] for i in range(len(table.header))]
+    columns = [[cell for cell in column if cell.strip() not in ("", "-", "–", "—")]
+               for column in ([row[i] for row in table.rows] for i in range(len(table.header)))]
     align = [' class="n"' if column and all(map(is_number, column)) else "" for column in columns]
     head = "".join(f'<th scope="col"{a}>{text(cell)}</th>' for cell, a in zip(table.header, align))
     rows = ""
@@ -187,7 +188,8 @@ def bars_html(bars: Bars, index: int) -> str:
     for i, label in enumerate(bars.labels):
         if not single:
             bodies += f'<tbody><tr><th scope="rowgroup" colspan="3">{text(label)}</th></tr>'
-        bodies += "".join(row(label if single else name, values[i], kind) for kind, (name, values) in enumerate(bars.series.items()))
+        bodies += "".join(row(label if single else name, values[i], kind)
+                          for kind, (name, values) in enumerate(bars.series.items()))
         bodies += "" if single else "</tbody>"
     ticks = "".join(f'<text x="{at(x)}" y="12" text-anchor="{anchor}">{x:g}</text>'
                     for x, anchor in ((left, "start"), ((left + right) / 2, "middle"), (right, "end")))
@@ -205,8 +207,8 @@ def case_html(case: Case) -> str:
     images = ""
     for caption, image in case.pictures.items():
         height, width = image.shape[:2]
-        images += (f'<span><img src="{data_url(image)}" width="{width}" height="{height}" alt="{text(caption)}, {text(case.title)}" '
-                   f'data-caption="{text(caption)}"><span aria-hidden="true">{text(caption)}</span></span>')
+        images += (f'<span><img src="{data_url(image)}" width="{width}" height="{height}" '
+                   f'alt="{text(caption)}, {text(case.title)}" data-caption="{text(caption)}"><span aria-hidden="true">{text(caption)}</span></span>')
     return (f'<figure class="case"><figcaption><h3>{text(case.title)}</h3><p>{text(case.instruction)}</p></figcaption>'
             f'<button type="button" class="open"><span class="vh">Enlarge: </span>{images}</button>'
             f'{pairs(case.numbers, "numbers")}</figure>')
@@ -224,7 +226,7 @@ body{margin:0 auto;max-width:75rem;padding:1rem;background:var(--bg);color:var(-
 font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0 1rem}h2{font-size:1.25rem;margin:2rem 0 .5rem}h3{font-size:1rem;margin:0}
 button{font:inherit;color:var(--fg);background:var(--card);border:1px solid var(--edge);border-radius:.4rem;
-padding:.5rem .9rem;min-height:2.75rem;min-width:2.75rem;cursor:pointer}
+padding:.5rem .9rem;min-height:2.75rem;min-width:2.75rem;cursor:pointer;-webkit-tap-highlight-color:transparent}
 button[aria-pressed=true],button.go{background:var(--accent);border-color:var(--accent);color:var(--on-accent)}
 button:disabled{cursor:default;color:var(--muted);border-style:dashed}
 :focus-visible{outline:3px solid var(--accent);outline-offset:2px}

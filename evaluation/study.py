@@ -29,8 +29,8 @@ def study(path: str | Path, rows: list[tuple[str, str, np.ndarray, dict[str, np.
     """Write the page of rows (id, instruction, source, {method: edit}), pictures (H, W, 3) uint8; returns the study's
     hash, which every vote file carries: it covers ids, instructions, pictures, methods and seed.
 
-    Edits are shown at the size of their source: a method must not be known by its size. ValueError for no rows, an id
-    that occurs twice, fewer than 2 or more than 8 methods, or rows that have different methods.
+    Edits are shown at the size of their source: a method must not be known by its size. ValueError for no rows, a row
+    without instruction, an id that occurs twice, fewer than 2 or more than 8 methods, or rows that have different methods.
     """
     if not rows:
         raise ValueError("A study needs at least one sample, found none.")
@@ -41,6 +41,8 @@ def study(path: str | Path, rows: list[tuple[str, str, np.ndarray, dict[str, np.
     for index, (name, instruction, source, edits) in enumerate(rows):
         if name in ids:
             raise ValueError(f"Sample {name} occurs twice; ids must be unique.")
+        if not instruction:
+            raise ValueError(f"Sample {name} has no instruction; a voter cannot judge its edits.")
         if sorted(edits) != methods:
             raise ValueError(f"Sample {name} has edits by {', '.join(sorted(edits))}, the first by {', '.join(methods)}; "
                              "every sample needs one edit of each method.")
@@ -57,7 +59,8 @@ def study(path: str | Path, rows: list[tuple[str, str, np.ndarray, dict[str, np.
     embedded = json.dumps(content).replace("<", "\\u003c")  # no text can end the script element
     body = BODY.format(title=text(title), cards="".join(card(i) for i in range(len(methods))), blank=BLANK,
                        last=LETTERS[len(methods) - 1], data=embedded,
-                       orders="".join(f'<div><dt>{name}, best first</dt><dd class="order"></dd></div>' for name in CRITERIA.values()))
+                       orders="".join(f'<div><dt>{name}, best first</dt><dd class="order"></dd></div>'
+                                      for name in CRITERIA.values()))
     write_page(path, title, body, STUDY_STYLE, STUDY_SCRIPT)
     return hash_of(key)
 
@@ -70,8 +73,10 @@ def card(index: int) -> str:
     """Letter, picture and the three scales of one edit; the script fills in the sample on show."""
     letter, scales = LETTERS[index], ""
     for c, name in enumerate(CRITERIA.values()):
-        marks = "".join(f'<label><input type="radio" name="r{index}-{c}" value="{mark}"><span>{mark}</span></label>' for mark in SCALE)
-        scales += f'<fieldset class="scale"><legend><span class="vh">{letter}: </span>{name}</legend><div>{marks}</div></fieldset>'
+        marks = "".join(f'<label><input type="radio" name="r{index}-{c}" value="{mark}"><span>{mark}</span></label>'
+                        for mark in SCALE)
+        scales += (f'<fieldset class="scale"><legend><span class="vh">{letter}: </span>{name}</legend>'
+                   f'<div>{marks}</div></fieldset>')
     return (f'<section class="card edit" aria-labelledby="name-{index}"><h3 id="name-{index}">{letter}</h3>'
             f'<button type="button" class="peek" aria-pressed="false"><img src="{BLANK}" alt="Edit {letter}">'
             f'<span>Show before</span></button>{scales}</section>')
@@ -208,7 +213,8 @@ def tally_table(result: dict) -> str:
     parts = [f"Study {result['study']}: {result['voters']} voters, {len(result['samples'])} samples, {result['ratings']} ratings "
              "from 1 (worst) to 5; mean [95 % interval over voters and samples], mean rank (1 is best)",
              table(["method", *(f"{c}{of}" for c in criteria for of in ("", " rank"))],
-                   [[m, *(cell for c in criteria.values() for cell in (mean(c["means"][m]), f"{c['ranks'][m]:.2f}"))] for m in methods])]
+                   [[m, *(cell for c in criteria.values() for cell in (mean(c["means"][m]), f"{c['ranks'][m]:.2f}"))]
+                    for m in methods])]
     for name, found in criteria.items():
         parts.append(table([f"{name}: row rated above column", *methods],
                            [[a, *("" if a == b else f"{found['wins'][a][b]:.0%}" for b in methods)] for a in methods]))
