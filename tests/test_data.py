@@ -93,7 +93,10 @@ def test_required_keys_and_empty_files(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "x.jsonl"
-    data.write_rows(file, [{"id": "a", "ref": "a.png"}])
+    data.write_rows(file, [{"id": "old", "ref": "a.png"}])
+    with open(file) as reader:  # whoever reads meanwhile has the old rows, all of them
+        data.write_rows(file, [{"id": "a", "ref": "a.png"}])
+        assert '"old"' in reader.read()
     for bad in (float("nan"), {1, 2}):
         with pytest.raises((ValueError, TypeError)):
             data.write_rows(file, [{"id": "b", "ref": "b.png"}, {"id": "c", "ref": "c.png", "end_xy": [bad]}])
@@ -167,6 +170,10 @@ def test_colour_labels_with_alpha_and_small_errors(tmp_path):
     np.testing.assert_array_equal(data.read_labels(save(tmp_path / "c.png", useless)), truth)
     shifted = np.clip(picture + np.random.default_rng(0).integers(-6, 7, picture.shape), 0, 255)
     assert (data.read_labels(save(tmp_path / "d.png", shifted)) != truth).mean() < 0.002
+    thin = np.zeros((9, 9), int)
+    thin[4, 2:7] = 5  # a line of one pixel, not quite of its colour
+    line = np.array(PALETTE)[thin] + 4 * (thin[..., None] == 5) * [-1, 1, 1]
+    np.testing.assert_array_equal(data.read_labels(save(tmp_path / "f.png", line)), thin)
     Image.fromarray(picture).quantize(256).save(tmp_path / "e.png")
     assert (data.read_labels(tmp_path / "e.png") != truth).mean() < 0.002
 

@@ -60,9 +60,13 @@ def sample_folders(root: Path, task: str, split: str, seen: str | None,
 
 def edited_label(before: np.ndarray, after: np.ndarray) -> int:
     """The label whose pixels change most between two label pictures (H, W). An object that hides or reveals another changes
-    at least as many pixels as the other does, so label 1, the documented one, wins when it is within 5 % of the most."""
-    change = np.array([((before == k) != (after == k)).sum() for k in range(1, 10)])
-    return 1 if change[0] >= 0.95 * change.max() else int(change.argmax()) + 1
+    as many pixels as the other does, give or take a rim: within 5 % of the most, label 1 wins, which is the documented one,
+    and after it the label of which the largest share changes."""
+    masks = [(before == k, after == k) for k in range(1, 10)]
+    change = np.array([(a ^ b).sum() for a, b in masks])
+    share = change / [max(1, (a | b).sum()) for a, b in masks]
+    near = change >= 0.95 * change.max()
+    return 1 if near[0] else int(np.where(near, share, -1).argmax()) + 1
 
 
 def read_sample(task: str, folder: Path) -> dict:
