@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import subprocess
 import sys
 import time
@@ -131,11 +130,25 @@ def test_directions_by_other_objects(tail, end, holds):
     assert bool(check_instruction(f"Put the blue mug {tail}.", known)) != holds
 
 
+def test_which_of_several_objects():
+    """Two boxes are none in particular, so the way counts; of mugs, only the first named is the moved one."""
+    start, end = place(0.1, 0.6), place(0.3, 0.6)
+    two = Facts(MUG, start, end, {"box": [place(0.5, 0.6), place(0.2, 0.9)]})
+    assert check_instruction("Move the blue mug to the left of the box.", two)
+    red = Facts(("mug",), start, end, {"red mug": [place(0.5, 0.6)]})
+    assert not check_instruction("Move the mug to the left of the red mug.", red)
+    lamps = Facts(MUG, start, end, {"tall lamp": [place(0.5, 0.6)], "small lamp": [place(0.2, 0.6)]})
+    assert not check_instruction("Move the blue mug to the left of the tall lamp.", lamps)
+    assert check_instruction("Move the blue mug to the left of the small lamp.", lamps)
+
+
 def test_swapped_only_if_all_is_reversed():
     start, end = place(0.2, 0.9), place(0.8, 0.4)  # right and away
     reasons = [check_instruction(f"Move the blue mug {tail}.", moved(start, end)) for tail in (
         "to the left and closer to the camera", "to the left and farther from the camera", "to the right and away from the camera")]
     assert reasons[0] == [SWAPPED] and len(reasons[1]) == 1 and "'left" in reasons[1][0] and not reasons[2]
+    beside = moved(place(0.3, 0.6), place(0.6, 0.6), red_ball=place(0.45, 0.6))  # before and after
+    assert SWAPPED not in (found := check_instruction("Move the blue mug left, next to the red ball.", beside)) and found
 
 
 def world(index: int, level: str = "plain") -> tuple:
@@ -235,7 +248,11 @@ def quick(monkeypatch):
 
 def test_facts_of_a_row(tmp_path):
     file = make_rows(tmp_path, 1)
-    known = facts(file, read_rows(file)[0])
+    labels = np.array(Image.open(tmp_path / "0/mask_tgt.png"))
+    labels[47, 0] = SET1[1]  # a speck
+    Image.fromarray(labels).save(tmp_path / "0/mask_tgt.png")
+    row = read_rows(file)[0]
+    known = facts(file, row | {"objects": row["objects"] | {"2": "a cup"}})
     assert known.names == ("red box", "box") and set(known.others) == {"green ball"}
     start, end = known.start, known.end
     assert start.area == end.area == 64 / 48**2 and start.x - end.x == pytest.approx(16 / 48) and start.bottom == end.bottom
@@ -309,6 +326,16 @@ def test_retry_tells_the_reason_and_the_template_comes_last(tmp_path, capsys):
     assert "from the masks 2, none 1, failed 0; swapped and regenerated 0" in capsys.readouterr().out
 
 
+def test_what_was_swapped_is_noted_though_the_retry_fails_otherwise(tmp_path):
+    file = make_rows(tmp_path, 1)  # it moves left
+    answers = ['{"object": "the red box", "instruction": "Move the red box to the right."}', "never mind"]
+    asked = []
+    sentence, outcome, note = instruct.instruct(file, read_rows(file)[0], lambda parts, n: asked.append(parts) or answers[n], 512)
+    assert (outcome, note["swapped"], len(note["rejected"])) == ("template", True, 2) and sentence.endswith("left.")
+    assert SWAPPED in asked[1][-1] and answers[0] in asked[1][-1]
+    assert [part if isinstance(part, str) else part.shape for part in asked[0][:4]] == ["BEFORE:", (48, 48, 3), "AFTER:", (48, 48, 3)]
+
+
 def test_failed_calls_leave_the_row_for_the_next_run(tmp_path, capsys):
     file, out = make_rows(tmp_path, 3), tmp_path / "out.jsonl"
     with FakeServer(script=["500"] * 6, blunders=0) as server:
@@ -346,6 +373,8 @@ def test_dry_run_sends_nothing(tmp_path, capsys):
         assert "6 requests to send" in printed and "0 are answered" in printed
         assert "48 visual tokens" in printed  # 2 pictures of 2 x 2 in each of 6 requests
         assert "The moved object is: red box." in printed
+        call(file, "--out", out, "--dry-run", "--side", 32)
+        assert "12 visual tokens" in capsys.readouterr().out
         rows = read_rows(file)
         write_rows(tmp_path / "some.jsonl", rows[:4])
         call(tmp_path / "some.jsonl", "--out", tmp_path / "some_out.jsonl", "--url", server.url, "--cache", tmp_path / "c.jsonl")
