@@ -25,22 +25,15 @@ A file of triples (or a benchmark) is a NAME.jsonl, one JSON object a line, path
 """
 
 import argparse
-import csv
-import hashlib
 import json
 import math
-import multiprocessing
 import os
-import re
 import sys
-import textwrap
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 # Pictures
@@ -239,271 +232,21 @@ def measure_masks(mask_ref: np.ndarray, mask_tgt: np.ndarray) -> dict:
     return found
 
 
-# Source: the user's own pairs
-
-
-def pair_rows(root: Path, out: Path) -> tuple[list[dict], list[str]]:
-    """Rows of the pairs at `root`, and a sentence for each thing that was left out or not understood.
-
-    A CSV file (comma, semicolon or tab) has a header with ref, tgt and, if you like, instruction, mask_ref, mask_tgt, id;
-    its paths are relative to its folder. A folder has, at any depth, NAME_ref.* and NAME_tgt.* (any kind of picture) and,
-    if you like, NAME.txt (the instruction), NAME_mask_ref.png and NAME_mask_tgt.png. Masks are black and white.
-    """
-    if not root.exists():
-        raise FileNotFoundError(f"Expected a folder or a CSV file of pairs at {root}, found nothing.")
-    found, remarks = {}, []  # id -> {key: path or instruction}
-    if root.is_dir():
-        pictures, ambiguous = Image.registered_extensions(), set()
-        for path in sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")):
-            match = re.fullmatch(r"(.+?)_(mask_ref|mask_tgt|ref|tgt)", path.stem)
-            if path.suffix.lower() == ".txt":
-                name, key, value = path.stem, "instruction", " ".join(path.read_text("utf-8-sig", "replace").split())
-            elif match and path.suffix.lower() in pictures:
-                (name, key), value = match.groups(), path
-            else:
-                remarks.append(f"{path.relative_to(root)}: not of the form NAME_ref.*, NAME_tgt.*, NAME.txt or NAME_mask_*.*.")
-                continue
-            name = (path.parent / name).relative_to(root).as_posix()
-            if key in found.setdefault(name, {}):
-                ambiguous.add(name)
-                remarks.append(f"{name}: two pictures {name}_{key}.*; the pair is left out.")
-            found[name][key] = value
-        for name in ambiguous:
-            del found[name]
-    else:
-        text = root.read_text("utf-8-sig", "replace")
-        header = text.split("\n")[0]
-        lines = csv.reader(text.splitlines(keepends=True), delimiter=max(",;\t", key=header.count))
-        columns = [column.strip().lower() for column in next(lines, [])]
-        if not {"ref", "tgt"} <= set(columns):
-            raise ValueError(f"Expected a header with ref and tgt in {root}, found: {header.strip() or 'nothing'}.")
-        if other := set(columns) - {"id", "instruction", *PICTURES[:4]}:
-            remarks.append(f"Columns that mean nothing here: {', '.join(sorted(other))}.")
-        for cells in lines:
-            cells = {column: cell.strip() for column, cell in zip(columns, cells) if cell.strip()}
-            if not cells:
-                continue
-            name = cells.get("id") or Path(cells.get("ref", "")).with_suffix("").as_posix()
-            if name in found and "id" not in cells:
-                name += f"#{lines.line_num}"  # several edits of one picture
-            if name in found:
-                remarks.append(f"{root.name}:{lines.line_num}: the id {name!r} is taken; the pair is left out.")
-                continue
-            found[name] = {key: root.parent / cell if key in PICTURES else cell
-                           for key, cell in cells.items() if key in ("instruction", *PICTURES[:4])}
-    rows = []
-    for name, cells in found.items():
-        absent = [key for key in ("ref", "tgt") if key not in cells]
-        gone = [f"{value} is missing" for value in cells.values() if isinstance(value, Path) and not value.is_file()]
-        if absent or gone:
-            remarks.append(f"{name}: {', '.join([f'no {key}' for key in absent] + gone)}; the pair is left out.")
-            continue
-        paths = {key: relative(out, value) for key, value in cells.items() if isinstance(value, Path)}
-        row = {"id": name, **paths, "source": {"kind": "pairs"}}
-        if cells.get("instruction"):
-            row |= {"instruction": cells["instruction"], "checks": {"instruction": "given"}}
-        rows.append(row)
-    if not rows:
-        raise ValueError("\n".join([f"Expected pairs of pictures in {root}, found none that is whole.", *remarks]))
-    return rows, remarks
-
-
-# Source: the rendered world
-
-
-def render_scene(task: tuple[Path, str, str, int, int, int]) -> dict:
-    """Renders one move, writes its pictures beside the JSON-lines file and returns its row."""
-    import scenes
-
-    out, level, split, size, seed, index = task
-    pair = scenes.make_pair(seed, level, split, size, index=index, extras=False)
-    order = [pair.moved, *(i for i in range(len(pair.scene.objects)) if i != pair.moved)]  # label k is order[k - 1]
-    label = np.zeros(len(order) + 1, np.uint8)
-    label[np.add(order, 1)] = range(1, len(order) + 1)
-    things = [pair.scene.objects[i] for i in order]
-    depth = np.rint((scenes.disparity(pair.tgt_depth).astype(np.float64) + 1) * (65535 / 2)).astype(np.uint16)
-    pictures = {"ref": pair.ref, "tgt": pair.tgt, "depth_tgt": depth,
-                "mask_ref": paint_labels(label[pair.ref_ids + 1]), "mask_tgt": paint_labels(label[pair.tgt_ids + 1]),
-                "empty": scenes.render(pair.scene, size, only=order[1:]).rgb}
-    paths = {key: out.parent / out.stem / f"{index:06}_{key}.png" for key in pictures}
-    for key, picture in pictures.items():
-        save_png(paths[key], picture)
-    checks = measure_masks(pair.mask_ref, pair.mask_tgt)
-    return {"id": f"{split}/{pair.seed}", **{key: relative(out, path) for key, path in paths.items()}, "mask_label": 1,
-            "instruction": pair.instruction, "relation": pair.relation, "split": split, "end_xy": checks["centroid_tgt"],
-            "object": {"category": things[0].shape, "description": things[0].name.removeprefix("the ")},
-            "objects": {str(k): thing.name.removeprefix("the ") for k, thing in enumerate(things, 1)},
-            "source": {"kind": "scenes", "level": level, "seed": pair.seed, "size": size,
-                       "references": [order.index(i) + 1 for i in pair.references]},
-            "checks": checks | {"instruction": "rendered"}}
-
-
-def scene_rows(out: Path, count: int, level: str, split: str, size: int, seed: int) -> list[dict]:
-    """`count` moves of the rendered world, pictures in the folder `out` without its suffix, one process per core. An older
-    file `out` is removed first, for its pictures are overwritten."""
-    if count < 1 or size < 16 or seed < 0:
-        raise ValueError(f"--count must be at least 1, --size 16 and --seed 0, not {count}, {size} and {seed}.")
-    out.unlink(missing_ok=True)
-    tasks, rows, cores = [(out, level, split, size, seed, index) for index in range(count)], [], os.cpu_count() or 1
-    with multiprocessing.get_context("spawn").Pool(min(cores, count // 8 + 1)) as pool:
-        for row in pool.imap(render_scene, tasks, 4):
-            rows.append(row)
-            print(f"\rrendering: {len(rows)} of {count} ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return rows
-
-
-# Check
-
-
-def examine(file: Path, row: dict) -> tuple[list[tuple[str, str]], tuple[int, int] | None, str | None]:
-    """Problems of one row as (kind, sentence), the reference's (height, width), a hash of what both pictures show."""
-    problems, pictures = [], {}
-    for key in (key for key in PICTURES if row.get(key)):
-        try:
-            if key.startswith("mask"):
-                pictures[key] = read_mask(file, row, key)
-            else:
-                pictures[key] = open_image(resolve(file, row, key))
-        except FileNotFoundError:
-            problems.append(("missing file", f"{key}: {resolve(file, row, key)}"))
-        except ValueError as error:
-            problems.append(("unreadable picture", f"{key}: {error}"))
-    ref, tgt = pictures.get("ref"), pictures.get("tgt")
-    for key, picture in pictures.items():
-        (H, W), (h, w) = (ref if ref is not None else picture).shape[:2], picture.shape[:2]
-        # A mask may be smaller or larger than its picture, but it must show the same view.
-        if abs(h * W - w * H) > max(h, w, H, W) if key.startswith("mask") else (h, w) != (H, W):
-            problems.append(("sizes differ", f"{key} is {w} x {h}, ref is {W} x {H}"))
-        if key.startswith("mask") and not picture.any():
-            label = f" with label {row['mask_label']}" if "mask_label" in row else ""
-            problems.append(("empty mask", f"{key}: no pixel{label} in {row[key]}"))
-    if not row.get("instruction", "").strip():
-        problems.append(("no instruction", "none is written yet"))
-    if ref is not None and max(ref.shape[:2]) > 2.5 * min(ref.shape[:2]):
-        problems.append(("odd aspect ratio", f"{ref.shape[1]} x {ref.shape[0]}; one side is over 2.5 times the other"))
-    digest = None
-    if ref is not None and tgt is not None:
-        if np.array_equal(ref, tgt):
-            problems.append(("ref equals tgt", "both pictures show the same"))
-        digest = hashlib.sha256(b"".join(str(x.shape).encode() + x.tobytes() for x in (ref, tgt))).hexdigest()
-    return problems, None if ref is None else ref.shape[:2], digest
-
-
-def check(file: Path, rows: list[dict], most: int = 10) -> int:
-    """Prints what a file of triples holds and every kind of problem, at most `most` rows of a kind by name (0: all of them).
-    Returns the number of problems."""
-    problems, sizes, first = {}, Counter(), {}  # kind -> sentences; (h, w) -> rows; content -> id
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for row, (found, size, digest) in zip(rows, threads.map(lambda row: examine(file, row), rows)):
-            if digest and first.setdefault(digest, row["id"]) != row["id"]:
-                found.append(("duplicate pair", f"the same two pictures as {first[digest]}"))
-            for kind, sentence in found:
-                problems.setdefault(kind, []).append(f"{row['id']}: {sentence}")
-            sizes.update([size] * (size is not None))
-    print(f"{file}: {len(rows)} rows, {sum('tgt' in row for row in rows)} with a target, "
-          f"{sum('mask_ref' in row or 'mask_tgt' in row for row in rows)} with masks")
-    origin = lambda row: " ".join(str(row["source"][key]) for key in ("kind", "task", "level") if key in row.get("source", {}))
-    facts = {"source": Counter(map(origin, rows)),
-             **{key: Counter(row.get(key, "") for row in rows) for key in ("split", "relation", "group")},
-             "written by": Counter(str(row.get("checks", {}).get("instruction", "")) for row in rows),
-             "size": Counter({f"{w} x {h}": n for (h, w), n in sizes.items()})}
-    for name, counts in facts.items():
-        if set(counts) - {""}:
-            print(f"{name:13}" + ", ".join(f"{value or 'none'} {n}" for value, n in counts.most_common(12))
-                  + f" and {len(counts) - 12} more" * (len(counts) > 12))
-    words = sorted(len(row["instruction"].split()) for row in rows if row.get("instruction", "").strip())
-    if words:
-        print(f"{'instruction':13}{words[0]} to {words[-1]} words, median {words[len(words) // 2]}; "
-              f"{len({row['instruction'] for row in rows if row.get('instruction')})} different ones")
-    for kind, sentences in problems.items():
-        print(f"\n{kind}: {len(sentences)}")
-        shown = sentences[:most or None]
-        print("\n".join(f"  {sentence}" for sentence in shown))
-        if len(shown) < len(sentences):
-            print(f"  and {len(sentences) - len(shown)} more; --all names them")
-    total = sum(map(len, problems.values()))
-    print(f"\n{total or 'no'} problem{'s' * (total != 1)} found")
-    return total
-
-
-def sheet(file: Path, rows: list[dict], height: int = 160) -> np.ndarray:
-    """Contact sheet (H, W, 3): ref | tgt | id and instruction for each row, masks outlined, unreadable pictures grey."""
-    lines = []
-    for row in rows:
-        panels = []
-        for key, mask_key in (("ref", "mask_ref"), ("tgt", "mask_tgt")):
-            try:
-                picture = open_image(resolve(file, row, key)) if row.get(key) else np.full((1, 1, 3), 255, np.uint8)
-                aspect = min(2, picture.shape[1] / picture.shape[0])
-                picture = resize(picture, height, max(1, round(height * aspect)))
-                mask = read_mask(file, row, mask_key, picture.shape[:2])
-            except (ValueError, OSError):
-                picture, mask = np.full((height, height, 3), 128, np.uint8), None
-            if mask is not None:
-                near = np.pad(mask, 1)
-                inner = near[2:, 1:-1] & near[:-2, 1:-1] & near[1:-1, 2:] & near[1:-1, :-2]
-                outer = near[2:, 1:-1] | near[:-2, 1:-1] | near[1:-1, 2:] | near[1:-1, :-2]
-                picture = picture.copy()
-                picture[outer & ~mask], picture[mask & ~inner] = (255, 255, 255), (255, 0, 120)
-            panels.append(picture)
-        text = Image.new("RGB", (2 * height, height), "white")
-        words = "\n".join(textwrap.wrap(row.get("instruction") or "(no instruction)", 40))
-        ImageDraw.Draw(text).text((4, 4), f"{row['id'][-44:]}\n\n{words}", fill="black", font=ImageFont.load_default(14))
-        lines.append(np.pad(side_by_side([*panels, np.asarray(text)]), ((4, 4), (8, 8), (0, 0)), constant_values=255))
-    width = max(line.shape[1] for line in lines)
-    return np.concatenate([np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines])
-
-
 def main() -> None:
-    import scenes
-    from triples import instruct, objedit
+    from triples import check, instruct, objedit, pairs, rendered
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("objedit", help="triples of OBJect-3DIT")
-    objedit.add_arguments(command)
-    command = commands.add_parser("pairs", help="triples of your own pairs", description=pair_rows.__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("--root", type=Path, required=True, help="folder or CSV file")
-    command.add_argument("--out", type=Path, required=True, help="JSON-lines file to write")
-    command = commands.add_parser("scenes", help="triples of the rendered world")
-    command.add_argument("--out", type=Path, required=True, help="JSON-lines file to write, pictures in a folder of its name")
-    command.add_argument("--count", type=int, required=True)
-    command.add_argument("--level", choices=scenes.LEVELS, default="plain")
-    command.add_argument("--split", choices=tuple(scenes.SPLITS), default="train")
-    command.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
-    command.add_argument("--seed", type=int, default=0, help="which scenes; different seeds share none")
-    instruct.add_arguments(commands.add_parser("instruct", help="instructions written by a vision-language model"))
-    command = commands.add_parser("check", help="count, look for problems, draw a contact sheet")
-    command.add_argument("file", type=Path)
-    command.add_argument("--sheet", type=Path, help="PNG to write: rows of the whole file, evenly spaced")
-    command.add_argument("--sheet-rows", type=int, default=24)
-    command.add_argument("--all", action="store_true", help="name every row that has a problem, not ten of a kind")
+    modules = {"objedit": objedit, "pairs": pairs, "scenes": rendered, "instruct": instruct, "check": check}
+    for name, module in modules.items():
+        title, _, rest = module.__doc__.partition("\n\n")
+        module.add_arguments(commands.add_parser(name, help=title, description=f"{title}\n\n{rest}",
+                                                 formatter_class=argparse.RawDescriptionHelpFormatter))
     args = parser.parse_args()
     try:
         if hasattr(args, "out") and args.out.suffix != ".jsonl":
             raise ValueError(f"--out must end in .jsonl, not {args.out}.")
-        if args.command == "objedit":
-            objedit.main(args)
-        elif args.command == "instruct":
-            instruct.main(args)
-        elif args.command == "pairs":
-            rows, remarks = pair_rows(args.root, args.out)
-            write_rows(args.out, rows)
-            print("\n".join([*remarks, f"{args.out}: {len(rows)} pairs, {sum('instruction' in row for row in rows)} with an "
-                             f"instruction, {sum('mask_ref' in row for row in rows)} with masks"]))
-        elif args.command == "scenes":
-            write_rows(args.out, scene_rows(args.out, args.count, args.level, args.split, args.size, args.seed))
-            print(f"{args.out}: {args.count} {args.level} scenes of split {args.split}, {args.size} x {args.size}")
-        else:
-            rows = read_rows(args.file)
-            count = check(args.file, rows, 0 if args.all else 10)
-            if args.sheet:
-                step = max(1, len(rows) / max(1, args.sheet_rows))
-                save_png(args.sheet, sheet(args.file, [rows[int(i * step)] for i in range(min(len(rows), args.sheet_rows))]))
-                print(f"{args.sheet}: {min(len(rows), args.sheet_rows)} of {len(rows)} rows")
-            sys.exit(1 if count else 0)
+        sys.exit(modules[args.command].main(args))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

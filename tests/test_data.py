@@ -15,6 +15,8 @@ from PIL import Image
 import data
 import scenes
 from fake_objedit import FINE, PALETTE, blend, draw_labels, majority
+from triples.check import sheet
+from triples.pairs import pair_rows
 
 
 def save(path: Path, array) -> Path:
@@ -210,7 +212,7 @@ def folder(tmp_path):
 
 def test_folder_of_pairs(folder, tmp_path):
     file = tmp_path / "out" / "x.jsonl"
-    rows, remarks = data.pair_rows(folder, file)
+    rows, remarks = pair_rows(folder, file)
     data.write_rows(file, rows)
     rows = {row["id"]: row for row in data.read_rows(file, ("ref", "tgt"))}
     assert remarks == [] and set(rows) == {"a", "deep/b", "c.1"}
@@ -229,7 +231,7 @@ def test_folder_with_faults(folder, tmp_path):
     save(folder / "holiday.png", noise(3))
     (folder / "alone.txt").write_text("Move it.")
     (folder / ".DS_Store").write_bytes(b"")
-    rows, remarks = data.pair_rows(folder, tmp_path / "x.jsonl")
+    rows, remarks = pair_rows(folder, tmp_path / "x.jsonl")
     assert [row["id"] for row in rows] == ["a"]
     text = "\n".join(remarks)
     for part in ("deep/b: no tgt", "c.1: two pictures c.1_ref", "holiday.png: not of the form", "alone: no ref, no tgt"):
@@ -246,7 +248,7 @@ def test_csv_of_pairs(folder, tmp_path, mark):
     path = folder / "list.csv"
     path.write_bytes(("\ufeff" + "\r\n".join(mark.join(line) for line in lines)).encode())
     file = tmp_path / "x.jsonl"
-    rows, remarks = data.pair_rows(path, file)
+    rows, remarks = pair_rows(path, file)
     assert [row["id"] for row in rows] == ["first", "a_ref", "a_ref#5"]
     assert rows[0]["instruction"] == "Move it, please; now." and "instruction" not in rows[1]
     assert data.resolve(file, rows[2], "tgt").samefile(folder / "deep/b_tgt.png")
@@ -259,10 +261,10 @@ def test_csv_of_pairs(folder, tmp_path, mark):
 
 def test_pairs_that_are_not_there(tmp_path, monkeypatch, capsys):
     with pytest.raises(FileNotFoundError, match="found nothing"):
-        data.pair_rows(tmp_path / "nowhere", tmp_path / "x.jsonl")
+        pair_rows(tmp_path / "nowhere", tmp_path / "x.jsonl")
     save(tmp_path / "empty/a_ref.png", noise(0))
     with pytest.raises(ValueError, match="none that is whole.\na: no tgt"):
-        data.pair_rows(tmp_path / "empty", tmp_path / "x.jsonl")
+        pair_rows(tmp_path / "empty", tmp_path / "x.jsonl")
     (tmp_path / "x.csv").write_text("source,target\n1,2\n")
     assert command(monkeypatch, "pairs", "--root", tmp_path / "x.csv", "--out", tmp_path / "x.jsonl") == 2
     assert "Expected a header with ref and tgt" in capsys.readouterr().err
@@ -352,8 +354,8 @@ def faulty(tmp_path):
 
 
 def test_every_problem_is_found_and_named(faulty, tmp_path, monkeypatch, capsys):
-    sheet = tmp_path / "new" / "sheet.png"
-    assert command(monkeypatch, "check", faulty, "--sheet", sheet) == 1
+    png = tmp_path / "new" / "sheet.png"
+    assert command(monkeypatch, "check", faulty, "--sheet", png) == 1
     text = capsys.readouterr().out
     found = {}
     for kind, block in re.findall(r"^([a-z ]+): \d+\n((?:  .*\n)+)", text, re.M):
@@ -365,7 +367,7 @@ def test_every_problem_is_found_and_named(faulty, tmp_path, monkeypatch, capsys)
     for part in ("14 rows, 13 with a target, 14 with masks", "right 7, left 7", "32 x 24 12", "51 x 20 1", "12 problems found",
                  "6 to 6 words", "the same two pictures as good", "4_ref.png", "tgt is 31 x 24, ref is 32 x 24"):
         assert part in text, part
-    assert data.open_image(sheet).shape[0] == 14 * 168
+    assert data.open_image(png).shape[0] == 14 * 168
 
 
 def test_a_file_without_problems(faulty, monkeypatch, capsys):
@@ -386,15 +388,15 @@ def test_many_problems_of_a_kind_are_counted_and_named_on_demand(faulty, monkeyp
 
 def test_what_the_sheet_shows(faulty):
     rows = {row["id"]: row for row in data.read_rows(faulty)}
-    sheet = data.sheet(faulty, [rows["good"]], height=24)  # pictures at their own size
-    ref, tgt = sheet[4:28, 8:40], sheet[4:28, 48:80]
+    drawn = sheet(faulty, [rows["good"]], height=24)  # pictures at their own size
+    ref, tgt = drawn[4:28, 8:40], drawn[4:28, 48:80]
     changed = (ref != noise(0)).any(-1)
     rim = square(2) > 0
     rim[3:7, 5:9] = False  # the outermost pixels of the object
     assert changed[rim].all() and not changed[3:7, 5:9].any() and not changed[:, 12:].any() and not changed[12:].any()
     assert (tgt != noise(1)).any(-1)[12, 4:10].all()
     # Faults do not keep the sheet from being drawn; rows of unequal width are filled up with white.
-    assert data.sheet(faulty, list(rows.values())).shape[2] == 3
+    assert sheet(faulty, list(rows.values())).shape[2] == 3
 
 
 def test_wrong_use_exits_with_2(tmp_path, monkeypatch, capsys):

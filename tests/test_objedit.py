@@ -180,6 +180,13 @@ def test_seen_and_unseen(tree, tmp_path):
     assert {row["split"] for row in run(root, file, "--seen", "seen", "--limit", "2")} == {"train"}
 
 
+def test_a_name_that_is_seen_and_unseen_is_taken_once(tmp_path, capsys):
+    for part, seed in (("seen", 1), ("unseen", 2)):
+        make_sample(tmp_path / "translate/val" / part / "same", seed=seed)
+    assert len(run(tmp_path, tmp_path / "x.jsonl", "--split", "val")) == 1
+    assert figures(capsys.readouterr().out)["name of a sample taken already"] == 1
+
+
 def test_other_tasks(tree, tmp_path):
     root, truth = tree
     for row in run(root, tmp_path / "x.jsonl", "--task", "rotate", "--reverse"):
@@ -220,7 +227,7 @@ def test_captions(tree, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="captions"):
         run(root, tmp_path / "x.jsonl", "--captions", str(tmp_path / "none.json"))
     path.write_text("[]")
-    with pytest.raises(ValueError, match="Expected an object"):
+    with pytest.raises(ValueError, match="Expected {uid: .* found a list"):
         run(root, tmp_path / "x.jsonl", "--captions", str(path))
 
 

@@ -15,6 +15,7 @@ Samples that are damaged, incomplete or show no visible change are skipped and c
 """
 
 import json
+import math
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from data import measure_masks, read_labels, read_picture, relative, save_png, write_rows
-from triples import instruct
+from triples import sentences
 
 TASKS = ("translate", "rotate", "remove", "insert")
 FILES = ("1.png", "2.png", "1_mask.png", "2_mask.png", "metadata.json")
@@ -46,7 +47,9 @@ def sample_folders(root: Path, task: str, split: str, seen: str | None,
         raise ValueError("The train split holds seen objects only, and unseen ones are for testing: choose --split val or "
                          "test for --seen unseen.")
     top = root / ("remove" if task == "insert" else task) / split
-    parts = {"train": top} if split == "train" else {part: top / part for part in ("seen", "unseen") if seen in (None, part)}
+    parts = {part: top / part for part in ("seen", "unseen") if seen in (None, part)}
+    if split == "train":
+        parts = {"train": top}
     for folder in parts.values():
         if not folder.is_dir():
             present = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
@@ -60,20 +63,20 @@ def sample_folders(root: Path, task: str, split: str, seen: str | None,
 
 def edited_label(before: np.ndarray, after: np.ndarray) -> int:
     """The label whose pixels change most between two label pictures (H, W). An object that hides or reveals another changes
-    as many pixels as the other does, give or take a rim: within 5 % of the most, label 1 wins, which is the documented one,
-    and after it the label of which the largest share changes."""
+    as many pixels as the other does, give or take a rim: within 5 % of the most, the label of which the largest share
+    changes is taken, the lowest if that is equal."""
     masks = [(before == k, after == k) for k in range(1, 10)]
     change = np.array([(a ^ b).sum() for a, b in masks])
     share = change / [max(1, (a | b).sum()) for a, b in masks]
     near = change >= 0.95 * change.max()
-    return 1 if near[0] else int(np.where(near, share, -1).argmax()) + 1
+    return int(np.where(near, share, -1).argmax()) + 1
 
 
 def read_sample(task: str, folder: Path) -> dict:
     """What is measured and known of one sample; Unusable, with the reason, where it cannot be used.
 
-    Returns label, labels (of both masks), checks (before to after, in the order of the files), opaque ({picture: whether
-    its alpha can be ignored}), object, others ({label: category}), location ([x, y] or None), angle, remarks.
+    Returns label, checks (ref is file 1, tgt file 2), opaque ({picture: whether its alpha can be ignored}), object, others
+    ({label: category}), location ([x, y] or None), angle (degrees or None), remarks (to be counted).
     """
     for name in FILES:
         if not (folder / name).is_file():
@@ -119,7 +122,7 @@ def read_sample(task: str, folder: Path) -> dict:
     if not (isinstance(location, list) and [type(v) in (int, float) and 0 <= v <= 1 for v in location] == [True, True]):
         location = None
     angle = metadata.get("rotation_angle") if task == "rotate" else None
-    angle = angle if type(angle) in (int, float) else None
+    angle = angle if type(angle) in (int, float) and math.isfinite(angle) else None
     wanted = {"uid": known.get("uid"), "category": known.get("category")}
     wanted |= {"an angle": angle} if task == "rotate" else {"a location in 0..1": location}
     remarks += [f"metadata without {key}" for key, value in wanted.items() if value is None]
@@ -158,7 +161,7 @@ def read_captions(path: Path | None) -> dict:
     except ValueError as error:
         raise ValueError(f"Expected JSON in {path}, found something else ({error}).") from error
     if not isinstance(captions, dict):
-        raise ValueError(f"Expected an object {{uid: {{category, description}}}} in {path}, found a {type(captions).__name__}.")
+        raise ValueError(f"Expected {{uid: {{category, description}}}} in {path}, found a {type(captions).__name__}.")
     return captions
 
 
@@ -170,13 +173,14 @@ def opaque_picture(folder: Path, name: str, out: Path) -> Path:
     return path
 
 
-def make_row(args: Namespace, folder: Path, part: str, sample: dict, swap: bool, y_is: str | None, captions: dict) -> dict:
+def make_row(args: Namespace, folder: Path, part: str, sample: dict, swap: bool, y_is: str | None,
+             captions: dict) -> dict:
     """The row of a sample, or with `swap` of the way back."""
     names = {"ref": "12"[swap], "tgt": "12"[not swap]}
     checks = dict(sample["checks"])
     if swap:
         exchange = {"ref": "tgt", "tgt": "ref"}
-        checks = {f"{key[:-3]}{exchange[key[-3:]]}" if key[-3:] in exchange else key: value for key, value in checks.items()}
+        checks = {key[:-3] + exchange.get(key[-3:], key[-3:]): value for key, value in checks.items()}
     row = {"id": f"{args.task}/{folder.name}" + "~" * (swap and args.task != "insert")}
     for key, n in names.items():
         whole = sample["opaque"][f"{n}.png"]
@@ -186,7 +190,8 @@ def make_row(args: Namespace, folder: Path, part: str, sample: dict, swap: bool,
 
     thing, caption = dict(sample["object"]), captions.get(sample["object"].get("uid"))
     if isinstance(caption, dict):
-        thing |= {key: caption[key] for key in ("category", "description") if isinstance(caption.get(key), str)}
+        told = {key: caption.get(key) for key in ("category", "description")}
+        thing |= {key: text for key, text in told.items() if isinstance(text, str) and text.strip()}
     words = thing.get("description") or thing.get("category")
     labels = {sample["label"]: words} if words else {}
     row |= {"object": thing, "objects": {str(k): name for k, name in sorted((labels | sample["others"]).items())}}
@@ -213,7 +218,7 @@ def template(file: Path, row: dict) -> str | None:
     if task in ("remove", "insert"):
         return f"{'Remove' if task == 'remove' else 'Add'} the {name}."
     try:
-        return instruct.template(instruct.facts(file, row))
+        return sentences.template(sentences.facts(file, row))
     except ValueError:
         return None
 
@@ -254,7 +259,7 @@ def main(args: Namespace) -> None:
     captions = read_captions(args.captions)
     folders, stray = sample_folders(args.root, args.task, args.split, args.seen, args.seed)
     limit, votes = args.limit or len(folders), args.task in ("translate", "insert")
-    taken, voters, skipped, looked = [], [], Counter(), 0
+    taken, names, voters, skipped, looked = [], set(), [], Counter(), 0
     for folder, part, sample in read_samples(folders, args.task):
         if isinstance(sample, dict) and len(voters) < VOTERS:
             voters.append(sample)
@@ -262,7 +267,10 @@ def main(args: Namespace) -> None:
             looked += 1
             if isinstance(sample, str):
                 skipped[sample] += 1
+            elif folder.name in names:
+                skipped["name of a sample taken already"] += 1  # among the unseen and the seen ones
             else:
+                names.add(folder.name)
                 taken.append((folder, part, sample))
             print(f"\rreading: {looked} samples, {len(taken)} taken ", end="", file=sys.stderr, flush=True)
         elif not votes or len(voters) == VOTERS:  # a small --limit still gets its voters
@@ -290,9 +298,10 @@ def main(args: Namespace) -> None:
     print(f"{args.out}: {len(rows)} rows of {args.task}, {args.split}, "
           f"{sum('instruction' in row for row in rows)} of them with an instruction")
     print(f"{looked:8} samples looked at, of {len(folders)}" + f"; {stray} stray files beside them" * (stray > 0))
-    for title, total, counts in (("taken, of these", len(taken), remarks), ("skipped, of these", looked - len(taken), skipped)):
+    for title, total, counts in (("taken, of these", len(taken), remarks),
+                                 ("skipped, of these", looked - len(taken), skipped)):
         print(f"{total:8} {title}", *(f"{n:10}   {text}" for text, n in counts.most_common() if n), sep="\n")
     if vote:
         print(vote)
     if remarks["edited label is not 1"]:
-        print("Warning: label 1 should be the edited object; where another label changes most, that one is taken as the object.")
+        print("Warning: label 1 should be the edited object; where another label changes most, that one is taken for it.")
