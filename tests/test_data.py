@@ -386,7 +386,7 @@ def test_many_problems_of_a_kind_are_counted_and_named_on_demand(faulty, monkeyp
     assert "row 24:" in capsys.readouterr().out
 
 
-def test_what_the_sheet_shows(faulty):
+def test_what_the_sheet_shows(faulty, monkeypatch):
     rows = {row["id"]: row for row in data.read_rows(faulty)}
     drawn = sheet(faulty, [rows["good"]], height=24)  # pictures at their own size
     ref, tgt = drawn[4:28, 8:40], drawn[4:28, 48:80]
@@ -395,6 +395,10 @@ def test_what_the_sheet_shows(faulty):
     rim[3:7, 5:9] = False  # the outermost pixels of the object
     assert changed[rim].all() and not changed[3:7, 5:9].any() and not changed[:, 12:].any() and not changed[12:].any()
     assert (tgt != noise(1)).any(-1)[12, 4:10].all()
+    png = faulty.with_name("sheet.png")
+    command(monkeypatch, "check", faulty, "--sheet", png, "--sheet-rows", 2)  # evenly spaced
+    kept = list(rows.values())
+    np.testing.assert_array_equal(data.open_image(png), sheet(faulty, [kept[0], kept[7]]))
     # Faults do not keep the sheet from being drawn; rows of unequal width are filled up with white.
     assert sheet(faulty, list(rows.values())).shape[2] == 3
 

@@ -220,6 +220,7 @@ def test_captions(tree, tmp_path, capsys):
         if row["object"].get("uid") in known:
             assert row["object"]["description"] == f"a small {row['object']['uid']}"
             assert row["objects"][str(row["mask_label"])] == row["object"]["description"]
+            assert row["object"].get("category") != ""  # that of the metadata stays
         else:
             missing += 1
             assert "description" not in row["object"]
@@ -277,6 +278,32 @@ def test_an_object_hidden_by_the_moved_one_is_not_taken_for_it():
     assert objedit.edited_label(before, after) == 1
     before[before == 1], after[after == 1] = 4, 4
     assert objedit.edited_label(before, after) == 4
+
+
+@pytest.mark.parametrize("task, metadata, missing", [
+    ("rotate", '{"object_data": [{"uid": "u", "category": "mug"}], "rotation_angle": NaN}', ["an angle"]),
+    ("rotate", '{"object_data": [{"uid": "u", "category": "mug"}], "rotation_angle": "90"}', ["an angle"]),
+    ("rotate", '{"object_data": "mug", "rotation_angle": 90}', ["uid", "category"]),
+    ("translate", '{"object_data": [3, {"uid": 7, "category": ""}], "end_location_2d": [0.5, "0.5"]}',
+     ["uid", "category", "a location in 0..1"]),
+    ("translate", '{"object_data": [{"uid": "u", "category": "mug"}], "end_location_2d": {"x": 0.5}}', ["a location in 0..1"]),
+    ("translate", '{"object_data": [{"uid": "u", "category": "mug"}], "end_location_2d": [0.5]}', ["a location in 0..1"]),
+])
+def test_values_of_the_wrong_kind_count_as_missing(tmp_path, capsys, task, metadata, missing):
+    make_sample(tmp_path / task / "train/a", task, seed=5)
+    (tmp_path / task / "train/a/metadata.json").write_text(metadata)
+    row, = run(tmp_path, tmp_path / "x.jsonl", "--task", task, "--instructions", "template")
+    found = figures(capsys.readouterr().out)
+    assert [key.removeprefix("metadata without ") for key in found if key.startswith("metadata without")] == missing
+    assert "end_xy" not in row and set(row["object"]) == {"uid", "category"} - set(missing)
+
+
+def test_the_removed_object_is_found_by_its_uid(tmp_path):
+    truth = make_sample(tmp_path / "remove/train/a", "remove", seed=5)
+    metadata = truth["metadata"] | {"object_data": truth["metadata"]["object_data"][::-1]}
+    (tmp_path / "remove/train/a/metadata.json").write_text(json.dumps(metadata))
+    row, = run(tmp_path, tmp_path / "x.jsonl", "--task", "remove")
+    assert row["object"]["uid"] == metadata["removed_object_uid"]
 
 
 def test_small_masks_and_large_pictures(tmp_path):
