@@ -177,6 +177,13 @@ def test_a_judge_that_errs_is_found_out(wrong, verdicts):
     assert [row[-1] for row in rows] == verdicts and passed == (not wrong)
 
 
+def test_a_judge_that_mostly_fails_does_not_pass():
+    right = {"target": (9, 9), "source unedited": (0, 9), "object erased": (1, 8), "target with noise": (7, 1)}
+    for failed, passes in ((1, True), (2, False)):
+        cases = {case: ratings(pair, *[(None, 5)] * failed) for case, pair in right.items()}
+        assert viescore.sanity_verdict(cases)[1] == passes
+
+
 def test_the_object_is_erased_without_a_render_of_the_empty_scene():
     s, _ = sample(0, empty=False)
     truth, _ = sample(0)
