@@ -138,7 +138,7 @@ def tensors(batch):
 def test_cached_equals_uncached_in_shuffled_epochs(rows, weights, tmp_path, gss):
     live, cached = triples(rows, weights, None, gss), triples(rows, weights, tmp_path / "cache", gss)
     truth = read_rows(rows)
-    vae = load_part(TINY, live.sources["vae"])
+    vae, vggt = (load_part(TINY, live.sources[part]) for part in ("vae", "vggt"))
     for epoch in range(2):
         order = torch.cat([batch_indices(7, 1, 7 * epoch + i, seed=3) for i in range(7)])
         assert sorted(order.tolist()) == list(range(7))
@@ -149,10 +149,14 @@ def test_cached_equals_uncached_in_shuffled_epochs(rows, weights, tmp_path, gss)
                 assert x.dtype == y.dtype and torch.equal(x, y)
             for key, latent in (("ref", b.reference), ("tgt", b.target)):
                 picture = resize(open_image(resolve(rows, truth[i], key)), 48, 48)
-                assert torch.equal(latent, encode_image(vae, torch.from_numpy(picture)[None]))
+                picture = torch.from_numpy(picture)[None]
+                assert torch.equal(latent, encode_image(vae, picture))
+                assert torch.equal(b.geometry, encode_geometry(vggt, picture, TINY)) == (key == "ref")
     assert (live.mean_depth() is None) == (gss == "none")
     if gss != "none":
+        depths = torch.stack([live.batch(torch.tensor([i])).depth for i in range(7)])
         assert torch.equal(live.mean_depth(), cached.mean_depth())
+        torch.testing.assert_close(live.mean_depth(), depths.mean(dim=(0, 1, 2)))
     together, alone = cached.batch(torch.tensor([4, 1])), [cached.batch(torch.tensor([i])) for i in (4, 1)]
     for x, *parts in zip(tensors(together), *map(tensors, alone)):
         assert torch.equal(x, torch.cat(parts))
@@ -259,3 +263,11 @@ def test_pictures_of_two_sizes_in_one_batch(rows, weights, tmp_path):
     assert found.batch(torch.tensor([0])).grid == (2, 4)
     with pytest.raises(ValueError, match="--micro 1"):
         found.batch(torch.tensor([0, 1]))
+
+
+def test_a_picture_on_its_side(rows, weights):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (80, 40)).save(rows.parent / "pictures/0-ref.jpg", exif=exif)
+    write_rows(rows, [row | {"ref": "pictures/0-ref.jpg"} for row in read_rows(rows)])
+    assert triples(rows, weights, None, preset=replace(TINY, keep_aspect=True)).batch(torch.tensor([0])).grid == (4, 2)
