@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import open_image, resize, resolve, save_png, side_by_side
+from data import open_image, resolve, save_png, side_by_side
 from evaluation import benchmark, chat, metrics, pages, score, viescore
 from evaluation.score import interval, markdown
 from evaluation.study import study, tally, tally_table
@@ -138,7 +138,8 @@ def parse() -> argparse.Namespace:
     def command(name: str, about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, description=about)
         if name != "compose":
-            sub.add_argument("--benchmark", type=Path, required=name != "study", help="folder with benchmark.jsonl, or a JSON-lines file")
+            sub.add_argument("--benchmark", type=Path, required=name != "study",
+                             help="folder with benchmark.jsonl, or a JSON-lines file")
         if name != "score":
             sub.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
         return sub
@@ -235,7 +236,8 @@ def run_evaluation(args: argparse.Namespace) -> None:
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "command"} | sampling
         results += [{"row": row, "split": split, "metrics": rows[row], "relations": by_relation[row], "settings": settings}
                     for row in ROWS]
-        tables.append(pages.Table(caption, ["row", *names], [[row, *(score.cell(rows[row].get(name)) for name in names)] for row in ROWS]))
+        tables.append(pages.Table(caption, ["row", *names], [
+            [row, *(score.cell(rows[row].get(name)) for name in names)] for row in ROWS]))
         bars.append(pages.Bars(f"effect IoU by relation, {split}", "effect_iou", list(by_relation[MODEL]), {
             row: [tuple(v["effect_iou"].values()) for v in by_relation[row].values()] for row in (MODEL, CEILING, COPY)}))
         ranked = sorted(shown, key=lambda item: item[2]["effect_iou"])
@@ -247,8 +249,9 @@ def run_evaluation(args: argparse.Namespace) -> None:
             save_png(args.output / f"sheet_{split}.png", contact_sheet(shown))
             (args.output / "results.json").write_text(json.dumps(results, indent=1))
     if args.output:
-        pages.report(args.output / "report.html", "Rendered world", {"model": about, "scenes": f"{args.level}, seed {args.seed}"}, tables,
-                     bars, cases, [f"Worst and best of the first {args.sheet} scenes of each split."])
+        pages.report(args.output / "report.html", "Rendered world", {
+            "model": about, "scenes": f"{args.level}, seed {args.seed}"}, tables, bars, cases, [
+            f"Worst and best of the first {args.sheet} scenes of each split."])
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -260,7 +263,8 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_compose(args: argparse.Namespace) -> None:
     rows = benchmark.compose(args.photos, args.objedit, args.out, args.complex, args.object, args.seed)
-    print(f"{args.out / 'benchmark.jsonl'}: " + ", ".join(f"{sum(row['group'] == g for row in rows)} {g}" for g in ("complex", "object")))
+    counts = (f"{sum(row['group'] == group for row in rows)} {group}" for group in ("complex", "object"))
+    print(f"{args.out / 'benchmark.jsonl'}: {', '.join(counts)}")
 
 
 def output_folders(items: list[str]) -> dict[str, Path]:
@@ -285,7 +289,8 @@ def run_score(args: argparse.Namespace) -> None:
     depth_model = load_depth(args.depth_weights, choose_device(PRESETS["kontext"], None, None)[0]) if args.depth_weights else None
     records, missing = score.collect(file, rows, outputs, depth_model, measured=not args.dry_run)
     if args.dry_run:
-        print(f"{2 * len(records)} ratings of {len(records)} pictures, {score.unanswered(records, client, args.images_first)} calls not yet answered")
+        calls = score.unanswered(records, client, args.images_first)
+        print(f"{2 * len(records)} ratings of {len(records)} pictures, {calls} calls not yet answered")
         return
     facts = {"benchmark": f"{file}, {len(rows)} rows", "judge": "none: exact metrics only"}
     if client:
@@ -293,10 +298,11 @@ def run_score(args: argparse.Namespace) -> None:
         facts["judge"] = f"{client.endpoint.model}, prompts {viescore.SC_VERSION} and {viescore.PQ_VERSION}"
         facts["calls"] = ", ".join(f"{name} {round(count)}" for name, count in client.counts.items())
     notes = score.warnings(records, missing, len(rows)) + [
-        "Every figure is a mean over the samples whose rows allow it. placed: effect_iou > 0.5, ghost < 0.3, bg_psnr > 25; retrieval: the "
-        "truth is nearer than the source and the empty scene. A high PQ with a low SC means that nothing was edited."]
+        "Every figure is a mean over the samples whose rows allow it. placed: effect_iou > 0.5, ghost < 0.3, bg_psnr > 25; "
+        "retrieval: the truth is nearer than the source and the empty scene. A high PQ with a low SC means that nothing was edited."]
     if not any("depth_order" in record["metrics"] for record in records):
-        notes.append("depth_order was not measured: " + ("no row tells the other objects apart by labels." if depth_model else "no --depth-weights."))
+        notes.append("depth_order was not measured: " + (
+            "no row tells the other objects apart by labels." if depth_model else "no --depth-weights."))
     found = score.write(args.output, file, rows, records, missing, facts, notes)
     for part in (*score.tables(found), *score.paper_tables()):
         print(f"\n{part.caption}\n\n{markdown(part.header, part.rows)}" + f"\n\n{part.note}" * bool(part.note))
@@ -307,8 +313,8 @@ def run_sanity(args: argparse.Namespace) -> None:
     file, rows = benchmark.read_benchmark(args.benchmark)
     rows = [row for row in rows if row.get("tgt") and row.get("mask_ref")]
     if not rows or args.count < 1:
-        raise ValueError(f"Expected rows with tgt and mask_ref in {file}, found {len(rows)}, and --count of at least 1. A composed benchmark "
-                         "has such rows in its group object.")
+        raise ValueError(f"Expected rows with tgt and mask_ref in {file}, found {len(rows)}, and --count of at least 1. "
+                         "A composed benchmark has such rows in its group object.")
     rows = random.Random(args.seed).sample(rows, min(args.count, len(rows)))
     client = chat.Chat(chat.endpoint_of(args), args.cache)
     if args.dry_run:
@@ -334,7 +340,7 @@ def run_study(args: argparse.Namespace) -> None:
     chosen = []
     for row in random.Random(args.seed).sample(whole, args.count):
         source = open_image(resolve(file, row, "ref"))
-        edits = {name: resize(open_image(benchmark.output_path(folder, row["id"])), *source.shape[:2]) for name, folder in outputs.items()}
+        edits = {name: open_image(benchmark.output_path(folder, row["id"])) for name, folder in outputs.items()}
         chosen.append((row["id"], row["instruction"], source, edits))
     study(args.output, chosen, args.seed, args.title)
     print(f"{args.output}: {args.count} pictures, {len(outputs)} methods")

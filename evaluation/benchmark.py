@@ -136,7 +136,8 @@ def noise_seed(seed: int, id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {id}".encode()).digest()[:6], "big")
 
 
-def generate(editor, file: Path, rows: list[dict], folder: Path, seed: int, steps: int, guidance: float, overwrite: bool = False) -> int:
+def generate(editor, file: Path, rows: list[dict], folder: Path, seed: int, steps: int, guidance: float,
+             overwrite: bool = False) -> int:
     """Edits every row with a spatialdiff.Editor, as sample.py edits one picture, into a folder of outputs.
 
     Each picture carries its settings as PNG text. One that is there already is kept if its settings are these, so that a
@@ -172,7 +173,8 @@ def generate(editor, file: Path, rows: list[dict], folder: Path, seed: int, step
         save_png(f"{path}.tmp", resize(edit, height, width), text)
         os.replace(f"{path}.tmp", path)
         left = (time.time() - start) / done * (len(todo) - done)
-        print(f"\redited {done}/{len(todo)}, {left / 60:.1f} min left ", end="\n" * (done == len(todo)), file=sys.stderr, flush=True)
+        print(f"\redited {done}/{len(todo)}, {left / 60:.1f} min left ", end="\n" * (done == len(todo)), file=sys.stderr,
+              flush=True)
     return len(todo)
 
 
@@ -211,7 +213,8 @@ def read_photographs(path: Path) -> list[dict]:
     return [row for row in rows if row.get("ref") and row["instruction"]]
 
 
-def compose(photos: Path | None, objedit: Path | None, folder: Path, photo_count: int = 100, pair_count: int = 50, seed: int = 0) -> list[dict]:
+def compose(photos: Path | None, objedit: Path | None, folder: Path, photo_count: int = 100, pair_count: int = 50,
+            seed: int = 0) -> list[dict]:
     """A benchmark of photographs and OBJect test pairs in one folder that can be moved, as rows of the groups "complex" and
     "object"; the counts are the paper's. ValueError, before anything is written, where there are fewer, a picture is
     damaged, or `folder` holds a benchmark already.

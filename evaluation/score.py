@@ -13,8 +13,8 @@ from evaluation.benchmark import COLUMNS, measure, output_path, read_sample
 
 COPY = "source copy"  # a row of every table: what doing nothing scores
 JUDGED = ("SC", "PQ", "O", "O_sample_mean")
-NOT_COMPARABLE = ("The paper's own numbers: its judge, its 150 pictures (SpatialBench, not public), quoted. They cannot be compared with "
-                  "figures measured on another benchmark or by another judge.")
+NOT_COMPARABLE = ("The paper's own numbers: its judge, its 150 pictures (SpatialBench, not public), quoted. They cannot be "
+                  "compared with figures measured on another benchmark or by another judge.")
 
 
 def interval(triple: tuple[float, float, float]) -> dict[str, float] | None:
@@ -36,10 +36,10 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def collect(file: Path, rows: list[dict], outputs: dict[str, Path], depth_model=None, measured: bool = True) -> tuple[list[dict], dict]:
-    """Measures every output there is (unless not `measured`), and the source itself as COPY.
+def collect(file: Path, rows: list[dict], outputs: dict[str, Path], depth_model=None, measured: bool = True):
+    """Measures every output there is (reads it only, if not `measured`), and the source itself as COPY.
 
-    Returns a record for each (method, id, group, relation, source and picture paths, sha256 of both files, metrics that
+    Returns (records, missing): a record for each (method, id, group, relation, source and picture paths, sha256 of both files, metrics that
     apply), and for each method why the pictures that could not be scored could not: {id: sentence}.
     """
     records, missing = [], {method: {} for method in outputs}
@@ -80,7 +80,8 @@ def sanity(file: Path, rows: list[dict], client: chat.Chat, threads: int, attemp
     def work(job):
         case, row = job
         sample = read_sample(file, row)
-        return viescore.judge(client, sample.ref, viescore.sanity_pictures(sample)[case], row["instruction"], attempts, images_first)
+        picture = viescore.sanity_pictures(sample)[case]
+        return viescore.judge(client, sample.ref, picture, row["instruction"], attempts, images_first)
 
     jobs = [(case, row) for case in viescore.SANITY for row in rows]
     ratings = chat.run(jobs, work, threads, "judged")
@@ -92,14 +93,15 @@ def warnings(records: list[dict], missing: dict[str, dict[str, str]], total: int
     found = []
     for method, absent in missing.items():
         if absent:
-            found.append(f"{method}: {len(absent)} of {total} outputs are MISSING and left out of its means, so it is measured on other samples "
-                         f"than the rest. The first: {next(iter(absent.values()))}")
+            found.append(f"{method}: {len(absent)} of {total} outputs are MISSING and left out of its means, so it is measured on "
+                         f"other samples than the rest. The first: {next(iter(absent.values()))}")
     for method in (COPY, *missing):
         ratings = [record["judge"] for record in records if record["method"] == method and "judge" in record]
         failed = [rating for rating in ratings if viescore.scores(rating) is None]
         if failed:
             problem = failed[0]["sc"]["problem"] or failed[0]["pq"]["problem"]
-            found.append(f"{method}: the judge FAILED on {len(failed)} of {len(ratings)} samples, which are left out of its means. The first: {problem}")
+            found.append(f"{method}: the judge FAILED on {len(failed)} of {len(ratings)} samples, which are left out of its means. "
+                         f"The first: {problem}")
     return found
 
 
@@ -147,8 +149,8 @@ def method_table(caption: str, found: dict[str, dict]) -> pages.Table:
     rows = []
     for method, entry in found.items():
         scores = entry.get("judge", {})
-        rows.append([method, entry["n"], len(entry.get("missing", ())), *([scores.get("failed"), *map(scores.get, JUDGED)] if judged else ()),
-                     *map(entry["metrics"].get, names)])
+        ratings = [scores.get("failed"), *map(scores.get, JUDGED)] if judged else []
+        rows.append([method, entry["n"], len(entry.get("missing", ())), *ratings, *map(entry["metrics"].get, names)])
     header = ["method", "n", "missing", *(["judge failed", *JUDGED] if judged else ()), *names]
     return pages.Table(caption, header, [list(map(cell, row)) for row in rows])
 
@@ -158,12 +160,14 @@ def tables(found: dict[str, dict]) -> list[pages.Table]:
     made = [method_table("All samples, mean [95 % bootstrap interval]", found)]
     names = sorted({group for entry in found.values() for group in entry["groups"]})
     if len(names) > 1:
-        made += [method_table(f"Group {name}", {method: entry["groups"][name] for method, entry in found.items() if name in entry["groups"]})
-                 for name in names]
-        means = {method: entry["judge"]["group_means"] for method, entry in found.items() if entry.get("judge", {}).get("group_means")}
+        made += [method_table(f"Group {name}", {
+            method: entry["groups"][name] for method, entry in found.items() if name in entry["groups"]}) for name in names]
+        means = {method: entry["judge"]["group_means"] for method, entry in found.items() if "judge" in entry}
+        means = {method: entry for method, entry in means.items() if entry}
         if means:
-            made.append(pages.Table("Judge, means of each group averaged over the groups (as GEdit-Bench)", ["method", "SC", "PQ", "O"],
-                                    [[method, *(f"{x:.3f}" for x in entry.values())] for method, entry in means.items()]))
+            made.append(pages.Table(
+                "Judge, means of each group averaged over the groups (as GEdit-Bench)", ["method", "SC", "PQ", "O"],
+                [[method, *(f"{x:.3f}" for x in entry.values())] for method, entry in means.items()]))
     return made
 
 
@@ -173,7 +177,8 @@ def paper_tables() -> list[pages.Table]:
         return "" if x is None else f"{x:.3f}"
     return [
         pages.Table("The paper's table, not measured here", ["method", "SC (GPT-5)", "PQ", "O", "O (Qwen3-VL)"],
-                    [[row.method, *map(number, (row.sc, row.pq, row.o, row.qwen_o))] for row in viescore.PAPER], note=NOT_COMPARABLE),
+                    [[row.method, *map(number, (row.sc, row.pq, row.o, row.qwen_o))] for row in viescore.PAPER],
+                    note=NOT_COMPARABLE),
         pages.Table("The paper's ablation, not measured here", ["method", "SC (GPT-5)", "PQ", "O"],
                     [[row.method, *map(number, (row.sc, row.pq, row.o))] for row in viescore.PAPER_ABLATION], note=NOT_COMPARABLE)]
 
@@ -205,7 +210,8 @@ def cases(file: Path, rows: list[dict], records: list[dict], count: int = 3) -> 
                 pictures = {"source": source, "edit": resize(open_image(record["picture"]), *source.shape[:2])}
                 if truth := resolve(file, by_id[record["id"]], "tgt"):
                     pictures["truth"] = open_image(truth)
-                numbers = {key: f"{value(record, key):.3g}" for key in ("SC", "PQ", "O", *record["metrics"]) if value(record, key) is not None}
+                numbers = {key: value(record, key) for key in ("SC", "PQ", "O", *record["metrics"])}
+                numbers = {key: f"{number:.3g}" for key, number in numbers.items() if number is not None}
                 chosen.append(pages.Case(f"{method}: {record['id']}", record["instruction"], pictures, numbers, kind))
     return chosen
 
@@ -225,7 +231,7 @@ def bars(found: dict[str, dict], name: str) -> list[pages.Bars]:
     return [pages.Bars(f"{name} by {key[:-1]} (samples)", name, counted, series)] if labels and name else []
 
 
-def write(folder: Path, file: Path, rows: list[dict], records: list[dict], missing: dict, facts: dict[str, str], notes: list[str]) -> dict:
+def write(folder: Path, file: Path, rows: list[dict], records: list[dict], missing: dict, facts: dict, notes: list[str]) -> dict:
     """scores.jsonl (every record), results.json and report.html in `folder`; returns the results."""
     found = results(records, missing)
     write_rows(folder / "scores.jsonl", records)

@@ -92,9 +92,11 @@ def requests(source: np.ndarray, edit: np.ndarray, instruction: str) -> dict[str
     return {"sc": ([SC_RULES + instruction.strip(), source, edit], SC_VERSION), "pq": ([PQ_RULES, edit], PQ_VERSION)}
 
 
-def judge(chat: Chat, source: np.ndarray, edit: np.ndarray, instruction: str, attempts: int = 3, images_first: bool = False) -> dict:
+def judge(chat: Chat, source: np.ndarray, edit: np.ndarray, instruction: str, attempts: int = 3,
+          images_first: bool = False) -> dict:
     """Both ratings of one edit, {"sc": ..., "pq": ...} as `rate` gives them."""
-    return {key: rate(chat, *request, attempts, images_first) for key, request in requests(source, edit, instruction).items()}
+    calls = requests(source, edit, instruction)
+    return {key: rate(chat, *call, attempts, images_first) for key, call in calls.items()}
 
 
 def scores(rating: dict) -> tuple[float, float] | None:
