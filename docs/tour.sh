@@ -15,7 +15,7 @@ mkdir -p "$OUT"
 PORT="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 python -m tests.fake_server --port "$PORT" --failures 0.3 --hang 3 &
 trap 'kill %1' EXIT
-VLM=(--url "http://127.0.0.1:$PORT/v1" --timeout 2)
+VLM=(--url "http://127.0.0.1:$PORT/v1" --model fake --timeout 2 --cache "$OUT/calls.jsonl")
 
 # Data. A made-up DATASET in OBJect-3DIT's layout, with its irregularities; and rendered scenes.
 python -m tests.fake_objedit "$OUT/DATASET"
@@ -24,20 +24,20 @@ python data.py scenes --out "$OUT/scenes.jsonl" --count 24
 python data.py scenes --out "$OUT/bench/benchmark.jsonl" --count 6 --split unseen
 
 # Instructions: how many calls, then the calls. What is answered once is never asked again.
-python data.py instruct "$OUT/objedit.jsonl" --out "$OUT/objedit_vlm.jsonl" "${VLM[@]}" --cache "$OUT/calls.jsonl" --dry-run
-python data.py instruct "$OUT/objedit.jsonl" --out "$OUT/objedit_vlm.jsonl" "${VLM[@]}" --cache "$OUT/calls.jsonl"
+python data.py instruct "$OUT/objedit.jsonl" --out "$OUT/objedit_vlm.jsonl" "${VLM[@]}" --dry-run
+python data.py instruct "$OUT/objedit.jsonl" --out "$OUT/objedit_vlm.jsonl" "${VLM[@]}"
 python data.py check "$OUT/objedit_vlm.jsonl" --sheet "$OUT/objedit.png" || true  # it names the problems of the made-up pictures
 python data.py check "$OUT/scenes.jsonl" --sheet "$OUT/scenes.png"
 
 # Training, the encoders out of memory: a few steps, to see it run.
-for stage in 1 2; do
-  python train.py --stage $stage --data "$OUT/scenes.jsonl" --steps 4 --batch 4 --cache "$OUT/cache" --output "$OUT/stage$stage"
-done
+TRAIN=(--data "$OUT/scenes.jsonl" --steps 4 --batch 4 --cache "$OUT/cache")
+python train.py --stage 1 "${TRAIN[@]}" --output "$OUT/stage1"
+python train.py --stage 2 "${TRAIN[@]}" --output "$OUT/stage2" --checkpoint "$OUT/stage1"
 
 # Editing, judging, looking. Any method's pictures can take part: one folder each, named by id.
 python evaluate.py generate --benchmark "$OUT/bench" --output "$OUT/edits/shipped"
 python evaluate.py generate --benchmark "$OUT/bench" --output "$OUT/edits/four_steps" --checkpoint "$OUT/stage2"
 EDITS=(--benchmark "$OUT/bench" --outputs "shipped=$OUT/edits/shipped" "four_steps=$OUT/edits/four_steps")
-python evaluate.py sanity --benchmark "$OUT/bench" "${VLM[@]}" --cache "$OUT/calls.jsonl"
-python evaluate.py score "${EDITS[@]}" --output "$OUT/scores" "${VLM[@]}" --cache "$OUT/calls.jsonl"
-python evaluate.py study "${EDITS[@]}" --output "$OUT/study.html"
+python evaluate.py sanity --benchmark "$OUT/bench" "${VLM[@]}"
+python evaluate.py score "${EDITS[@]}" --output "$OUT/scores" "${VLM[@]}"
+python evaluate.py study "${EDITS[@]}" --output "$OUT/study.html" --count 6
