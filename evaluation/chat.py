@@ -262,7 +262,7 @@ def run(jobs, work, threads: int, label: str) -> list:
     """
     jobs = list(jobs)
     todo, done, stop, start = queue.SimpleQueue(), queue.Queue(), threading.Event(), time.time()
-    results, shown = [None] * len(jobs), 0.0
+    results, shown, pause = [None] * len(jobs), 0.0, 0.2 if sys.stderr.isatty() else 5.0
 
     def worker():
         while not stop.is_set():
@@ -285,7 +285,7 @@ def run(jobs, work, threads: int, label: str) -> list:
             index, results[index], error = done.get()
             if error:
                 raise error
-            if time.time() - shown > 0.2 or count == len(jobs):
+            if time.time() - shown > pause or count == len(jobs):
                 shown = time.time()
                 left = (shown - start) / count * (len(jobs) - count)
                 print(f"\r{label}: {count}/{len(jobs)}, {left / 60:.1f} min left ", end="", file=sys.stderr, flush=True)
@@ -319,7 +319,7 @@ def add_arguments(parser: argparse.ArgumentParser, model: str | None = None, max
                        help="a number, or omit (GPT-5 family)")
     group.add_argument("--threads", type=int, default=16, help="calls at once")
     group.add_argument("--timeout", type=float, default=120.0, help="seconds")
-    group.add_argument("--cache", type=Path, help="JSON lines file of all answers, by which a run resumes")
+    group.add_argument("--cache", type=Path, help="JSON lines file of all answers, by which a run resumes; default: beside the output")
     group.add_argument("--dry-run", action="store_true", help="say what would be asked; send nothing")
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.fake_server --port 8000 --failures 0.3 --seed 0
 
-POST /v1/chat/completions is answered in one of two roles, told apart by the prompt: a prompt that speaks of a score is a
+POST /v1/chat/completions is answered in one of two roles, told apart by the prompt: one that asks for "score" is a
 VIEScore judge's (two pictures: SC, one: PQ), any other an instruction writer's. Both look at the pictures, a little.
 GET /stats counts requests and complete answers by the hash of the request's body. What it writes are no model's answers.
 """
@@ -14,6 +14,7 @@ import io
 import json
 import random
 import re
+import signal
 import threading
 import time
 from collections import Counter, deque
@@ -111,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             pictures = [picture(part["image_url"]["url"]) for part in parts if part["type"] == "image_url"]
             if fields["model"].startswith("gpt-5") and ("max_tokens" in fields or fields.get("temperature", 1) != 1):
                 raise ValueError("Unsupported parameter: 'max_tokens' or 'temperature' with this model.")
-            content = judge(pictures) if "score" in text.lower() else write(pictures, text, server.blunders, digest)
+            content = judge(pictures) if '"score"' in text else write(pictures, text, server.blunders, digest)
         except (ValueError, LookupError, TypeError, OSError) as error:
             return self.fail(400, f"Bad request: {error}")
         server.last.append((time.time(), sender, fields))
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--hang", type=float, default=5.0, help="seconds until a time-out answers; clients wait less")
     args = parser.parse_args()
     server = FakeServer(args.port, args.failures, args.seed, args.delay, args.hang)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a script in the background cannot send Ctrl-C
     print(f"Listening on {server.url}", flush=True)
     try:
         server.serve_forever()

@@ -320,3 +320,17 @@ def test_flags():
         with pytest.raises(ValueError, match=sentence) as error:
             parse(*wrong)
         assert "me:key" not in str(error.value)
+
+
+def test_the_stand_in_judge_looks_at_the_pictures():
+    """What the documented tour is told by it: a right edit, none, one without the object, a noisy one."""
+    source, target = pictures()
+    empty = np.full_like(source, 190)
+    noisy = np.clip(target + np.random.default_rng(0).normal(0, 40, target.shape), 0, 255).astype(np.uint8)
+    with FakeServer() as server:
+        client = Chat(Endpoint(server.url, "m", **QUICK), None)
+
+        def score(*shown):
+            return min(parse_json(client.ask(['Answer {"score": [a, b]}.', *shown], "v"))["score"])
+        assert score(source, target) >= 7 and score(source, source) == 0 and score(source, empty) <= 2
+        assert score(target) >= 8 and score(source) >= 8 and score(noisy) <= 3

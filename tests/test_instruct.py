@@ -364,6 +364,16 @@ def test_a_refusal_writes_nothing(tmp_path, monkeypatch, capsys):
     assert "sk-wrong" not in printed.out + printed.err
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(chat, "run", interrupted)
+    file, out = make_rows(tmp_path, 1), tmp_path / "out.jsonl"
+    with pytest.raises(SystemExit) as end:
+        call(file, "--out", out, "--url", "http://localhost:9/v1")
+    assert end.value.code == 130 and "out.calls.jsonl" in capsys.readouterr().err and not out.exists()
+
+
 def test_dry_run_sends_nothing(tmp_path, capsys):
     file, out = make_rows(tmp_path, 6, side=64), tmp_path / "out.jsonl"
     with FakeServer(blunders=0) as server:
