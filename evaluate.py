@@ -228,7 +228,8 @@ def run_evaluation(args: argparse.Namespace) -> None:
         caption = f"{args.level}, {split}: {args.scenes} scenes of seed {args.seed}; mean [95 % bootstrap interval]"
         print(f"\n{caption}\n")
         names = [name for name in COLUMNS if any(name in row for row in rows.values())]
-        print(markdown(["metric", *ROWS], [[name, *(rows[row].get(name) for row in ROWS)] for name in names]))
+        table = pages.Table(caption, ["metric", *ROWS], [[name, *(score.cell(rows[row].get(name)) for row in ROWS)] for name in names])
+        print(markdown(table.header, table.rows))
         print(f"\n{absent:.0%} of the exchanged instructions name an object that is not in the scene.\n")
         kept = ("success", "effect_iou", "centroid_err", "ghost")
         print(markdown(["model, by relation", *kept],
@@ -236,8 +237,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "command"} | sampling
         results += [{"row": row, "split": split, "metrics": rows[row], "relations": by_relation[row], "settings": settings}
                     for row in ROWS]
-        tables.append(pages.Table(caption, ["row", *names], [
-            [row, *(score.cell(rows[row].get(name)) for name in names)] for row in ROWS]))
+        tables.append(table)
         bars.append(pages.Bars(f"effect IoU by relation, {split}", "effect_iou", list(by_relation[MODEL]), {
             row: [tuple(v["effect_iou"].values()) for v in by_relation[row].values()] for row in (MODEL, CEILING, COPY)}))
         ranked = sorted(shown, key=lambda item: item[2]["effect_iou"])

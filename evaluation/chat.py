@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluation.answers import parse_json as parse_json  # what the answers are read by
 
 TOKEN_FIELDS = ("max_tokens", "max_completion_tokens")
 LONGEST_WAIT = 600.0  # seconds; a server which asks for more counts as failed

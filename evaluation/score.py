@@ -142,26 +142,28 @@ def results(records: list[dict], missing: dict[str, dict[str, str]]) -> dict[str
     return found
 
 
-def method_table(caption: str, found: dict[str, dict]) -> pages.Table:
-    """Methods as rows. n counts outputs; the judge's means leave out those that failed, which are counted beside them."""
-    names = [name for name in COLUMNS if any(name in entry["metrics"] for entry in found.values())]
-    judged = any("judge" in entry for entry in found.values())
-    rows = []
-    for method, entry in found.items():
-        scores = entry.get("judge", {})
-        ratings = [scores.get("failed"), *map(scores.get, JUDGED)] if judged else []
-        rows.append([method, entry["n"], len(entry.get("missing", ())), *ratings, *map(entry["metrics"].get, names)])
-    header = ["method", "n", "missing", *(["judge failed", *JUDGED] if judged else ()), *names]
-    return pages.Table(caption, header, [list(map(cell, row)) for row in rows])
+def method_tables(caption: str, found: dict[str, dict]) -> list[pages.Table]:
+    """The judge's means, methods as rows, if there are any; the metrics, methods as columns. n counts outputs; the judge's
+    means leave out those that failed, which are counted beside them."""
+    made, judged = [], {method: entry["judge"] for method, entry in found.items() if "judge" in entry}
+    if judged:
+        made.append(pages.Table(f"Judge. {caption}", ["method", "n", "failed", *JUDGED], [
+            [method, *map(cell, (found[method]["n"], scores["failed"], *map(scores.get, JUDGED)))] for method, scores in judged.items()]))
+    rows = [[name, *(str(count(entry)) for entry in found.values())]
+            for name, count in (("outputs", lambda e: e["n"]), ("missing", lambda e: len(e.get("missing", ()))))]
+    rows += [[name, *(cell(entry["metrics"].get(name)) for entry in found.values())]
+             for name in COLUMNS if any(name in entry["metrics"] for entry in found.values())]
+    return [*made, pages.Table(f"Metrics. {caption}", ["metric", *found], rows)]
 
 
 def tables(found: dict[str, dict]) -> list[pages.Table]:
     """All methods; the same by group where there are several, and GEdit-Bench's means over the groups."""
-    made = [method_table("All samples, mean [95 % bootstrap interval]", found)]
+    made = method_tables("All samples, mean [95 % bootstrap interval]", found)
     names = sorted({group for entry in found.values() for group in entry["groups"]})
     if len(names) > 1:
-        made += [method_table(f"Group {name}", {
-            method: entry["groups"][name] for method, entry in found.items() if name in entry["groups"]}) for name in names]
+        for name in names:
+            made += method_tables(f"Group {name}", {
+                method: entry["groups"][name] for method, entry in found.items() if name in entry["groups"]})
         means = {method: entry["judge"]["group_means"] for method, entry in found.items() if "judge" in entry}
         means = {method: entry for method, entry in means.items() if entry}
         if means:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import resize
-from evaluation.chat import Chat, ChatError, parse_json
+from evaluation.answers import parse_json
+from evaluation.chat import Chat, ChatError
 from evaluation.metrics import bootstrap, box, dilate, margin
 
 # Part of every cache key and every result: change the version with the words.
@@ -49,7 +50,7 @@ def parse_scores(text: str) -> list[float]:
     """The one or two scores in a judge's answer, each clamped to 0..10.
 
     Read are a JSON object with the key `score`, a bare list and a bare number, with anything around that
-    `chat.parse_json` tolerates. ValueError, with the reason, for anything else: no number, more than two, words, nan.
+    `answers.parse_json` tolerates. ValueError, with the reason, for anything else: no number, more than two, words, nan.
     """
     found = parse_json(text)
     if isinstance(found, dict):

@@ -127,7 +127,7 @@ def test_constructed_edits_rank_as_they_should(bench, tmp_path, monkeypatch, cap
     for method in found:  # doing nothing is always there to compare with
         assert found[score.COPY]["metrics"] == found["copied"]["metrics"]
     printed = capsys.readouterr().out
-    assert "| perfect | 12 | 0 |" in printed and "Qwen-Image-Edit | 0.666" in printed and "cannot be compared" in printed
+    assert "| metric | source copy | perfect |" in printed and "| outputs | 12 | 12 |" in printed and "Qwen-Image-Edit | 0.666" in printed and "cannot be compared" in printed
 
     lines = [json.loads(line) for line in (tmp_path / "results/scores.jsonl").read_text().splitlines()]
     assert len(lines) == 12 * 5 and all(len(line["sha256"]["picture"]) == 64 for line in lines)
@@ -158,7 +158,7 @@ def test_missing_and_damaged_outputs_are_counted_and_said(bench, tmp_path, monke
     assert found["n"] == 10 and found["missing"] == sorted([f"rendered/{PAIRS[0].seed}", f"object/{PAIRS[1].seed}"])
     assert found["metrics"]["psnr"]["n"] == 6 and found["metrics"]["psnr"]["mean"] == 50
     printed = capsys.readouterr().out
-    assert "perfect: 2 of 12 outputs are MISSING" in printed and "| perfect | 10 | 2 |" in printed
+    assert "perfect: 2 of 12 outputs are MISSING" in printed and "| outputs | 12 | 10 |" in printed and "| missing | 0 | 2 |" in printed
 
 
 def test_worst_and_best_cases_and_bars_of_the_report(bench, tmp_path):

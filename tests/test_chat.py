@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from evaluation import chat
-from evaluation.chat import Chat, ChatError, ChatRefused, Endpoint, parse_json, run
+from evaluation.answers import parse_json
+from evaluation.chat import Chat, ChatError, ChatRefused, Endpoint, run
 from tests.fake_server import HTTP_FAILURES, ODD_ANSWERS, FakeServer
 
 ROOT = Path(__file__).parent.parent

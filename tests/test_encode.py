@@ -256,6 +256,12 @@ def test_rows_that_cannot_be_trained_on(rows, weights, tmp_path):
             triples(rows, weights, None)
 
 
+def test_words_that_the_miniature_lacks(rows, weights):
+    write_rows(rows, [row | {"instruction": "Move the armchair left of the red cube."} for row in read_rows(rows)])
+    with pytest.raises(ValueError, match="does not know 1 words .*armchair"):
+        triples(rows, weights, None)
+
+
 def test_pictures_of_two_sizes_in_one_batch(rows, weights, tmp_path):
     wide = replace(TINY, keep_aspect=True)
     save_png(rows.parent / "pictures/0-ref.png", np.zeros((40, 80, 3), np.uint8))

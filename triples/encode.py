@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data import open_image, read_rows, resize, resolve, working_size
 from model.depth import depth_image
+from model.text import unknown_words
 from model.weights import Source, save_tensors, to_json
 from spatialdiff import (
     Preset, build, depth_target, encode_geometry, encode_image, encode_text, load_depth, load_part, load_tokenizers,
@@ -50,7 +51,7 @@ class FileTriples:
     Encodings are named by the sha256 of what they were made of: file bytes and picture size, or the instruction. What the
     folder holds of other networks, sizes or precision is refused by name. One sample is encoded at a time, so that
     a batch has the same bits with and without a cache. gss: "lds", "eds" or "none". `sources`: of t5, clip, vae and, for
-    geometry, vggt. ValueError for rows without a target or an instruction.
+    geometry, vggt. ValueError for rows without a target or an instruction, or with words that a word-level tokenizer lacks.
     """
 
     def __init__(self, path: Path, preset: Preset, sources: dict[str, Source], weights: Path, gss: str, device, dtype,
@@ -63,6 +64,11 @@ class FileTriples:
             if lacking:
                 raise ValueError(f"Expected {key} in every row of {path}, but {len(lacking)} of {len(self.rows)} have none, "
                                  f"the first is {lacking[0]}. {remedy}")
+        self.tokenizers = load_tokenizers(preset, weights)
+        unknown = {word for row in self.rows for word in unknown_words(self.tokenizers[0], row["instruction"])}
+        if unknown:
+            raise ValueError(f"The preset {preset.name} does not know {len(unknown)} words of the instructions in {path}: "
+                             f"{', '.join(sorted(unknown)[:10])}. The miniature reads sentences on its rendered scenes alone.")
         self.inputs = [self._inputs(path, row) for row in self.rows]
         self.networks, self.encoders, self.files = {}, {}, {}
         if cache is not None:
@@ -114,8 +120,8 @@ class FileTriples:
         picture = lambda path, size: (torch.empty(1, *size, 3, dtype=torch.uint8, device="meta") if meta else
                                       torch.from_numpy(resize(open_image(path), *size))[None].to(device))
         if kind == "text":
-            t5, clip, tokenizers = part("t5"), part("clip"), load_tokenizers(self.preset, self.weights)
-            return lambda prompt: encode_text(t5, clip, tokenizers, [prompt], self.preset)
+            t5, clip = part("t5"), part("clip")
+            return lambda prompt: encode_text(t5, clip, self.tokenizers, [prompt], self.preset)
         if kind == "geometry":
             vggt = part("vggt")
             return lambda path, size: (encode_geometry(vggt, picture(path, size), self.preset),)
