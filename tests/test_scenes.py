@@ -3,6 +3,7 @@
     python -m pytest -q tests/test_scenes.py
 """
 
+import hashlib
 import json
 import math
 import re
@@ -50,6 +51,54 @@ def test_a_seed_is_a_picture():
         assert S.training_edits(3, level) == S.training_edits(3, level)
         assert S.sample_scene(3, level) == S.sample_scene(3, level) != S.sample_scene(4, level)
     json.dumps(one.scene.as_dict())
+
+
+# Digests of layouts and sentences of a few seeds, and grey values of 4 x 4 tiles of a reference and a target picture: what
+# the shipped miniature learned from. A change here makes its weights and every cached shard another world's.
+GOLDEN = {
+    "plain": ("be027247a19fcb6e", "bdbebcbdcb9ba0c7b4b7c2c5cacacccb",
+        "bdbec1bdcb90bdc8b492a4c5c9cacccb"),
+    "textured": ("7984ba531c34082c", "8f95958ea79c93a8ab7194a8a5a3a2a9",
+        "8f95958ea79a93a8ab7195a8a5a3a2a9"),
+    "hard": ("de7d5674d9ac1c95", "9ca1a19bb59f95b598949ebfbeb9bcbe",
+        "9ca1a19bb8ba76b599a19ebfbfb9bcbe"),
+}
+
+
+def told(scene):
+    """Everything that a scene of these levels is made of."""
+    camera, light, floor = scene.camera, scene.light, scene.floor
+    return repr([(t.shape, t.colour, t.size, t.a, t.b, t.yaw, t.finish) for t in scene.objects]
+                + [(camera.height, camera.distance, camera.fov, camera.aim), (light.azimuth, light.elevation, light.strength),
+                   (floor.pattern, floor.colour, floor.second, floor.scale, floor.yaw)])
+
+
+def digest(level):
+    text = []
+    for seed in range(12):
+        scene, edits = S.training_edits(seed, level, 2, 2)
+        text += [told(scene), *(f"{e.kind} {e.relation} {e.instruction} {e.moved} {e.references} {told(e.target)}" for e in edits)]
+        for split in S.SPLITS:
+            p = S.make_pair(seed, level, split, 8, extras=False)
+            text += [p.instruction, p.relation, told(p.scene), told(p.target), told(S.sample_scene(seed, level, split))]
+    return hashlib.sha256("".join(text).encode()).hexdigest()[:16]
+
+
+def tiles(picture):
+    return picture.mean(2).reshape(4, 16, 4, 16).mean((1, 3)).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("level", GOLDEN)
+def test_the_world_stays_as_it_is(level):
+    layouts, ref, tgt = GOLDEN[level]
+    assert digest(level) == layouts
+    p = S.make_pair(11, level, "seen", 64, extras=False)
+    for picture, values in ((p.ref, ref), (p.tgt, tgt)):
+        assert np.abs(tiles(picture).ravel().astype(int) - np.frombuffer(bytes.fromhex(values), np.uint8)).max() <= 1
+
+
+def test_words_of_the_world_stay_as_they_are():
+    assert hashlib.sha256(" ".join(S.VOCABULARY).encode()).hexdigest()[:16] == "cb6f8006643f24b4"
 
 
 def test_splits_are_disjoint_seed_ranges():
