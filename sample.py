@@ -13,6 +13,7 @@ START = time.perf_counter()  # before the slow imports
 
 import argparse
 import hashlib
+import math
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ import torch
 import kernels
 import scenes
 from data import open_image, resize, save_png, side_by_side, working_size
+from evaluation.metrics import measure_depth
 from model.text import unknown_words
 from spatialdiff import (
     PRESETS, Condition, build, choose_device, choose_preset, decode_depth, decode_image, default_folders, encode_geometry,
@@ -82,14 +84,16 @@ def edit(args: argparse.Namespace) -> None:
     device, dtype, reason = choose_device(preset, args.device, args.dtype)
     kernels.choose(args.attention)
 
-    prompt, truth = args.prompt, None
+    prompt, pair = args.prompt, None  # pair: the rendered scene whose truth is known
     if args.image:
         picture = open_image(args.image)
     else:
         pair = scenes.make_pair(args.seed, size=preset.side, index=0, extras=False)
         picture = pair.ref
         if prompt is None:
-            prompt, truth = pair.instruction, pair.tgt
+            prompt = pair.instruction
+        else:
+            pair = None
     if not any(c.isalnum() for c in prompt or ""):
         raise ValueError('An edit needs an instruction: give --prompt "move the ... to the left of the ...".')
 
@@ -170,11 +174,16 @@ def edit(args: argparse.Namespace) -> None:
     stem = args.output.with_suffix("")
     written = {args.output: result}
     if args.compare or not args.image:
-        written[Path(f"{stem}_compare.png")] = side_by_side([p for p in (picture, result, truth, depth) if p is not None])
+        written[Path(f"{stem}_compare.png")] = side_by_side([p for p in (picture, result, pair and pair.tgt, depth) if p is not None])
     if args.depth:
         written[Path(f"{stem}_depth.png")] = depth
     for path, image in written.items():
         save_png(path, image, text)
+    if args.depth and pair:
+        found = measure_depth(depth[..., 0], pair)
+        print(f"depth        off by {found['depth_rmse']:.3f} of a range of 2 (root mean square, after the best scale and shift); "
+              + ("no object to compare the moved one with" if math.isnan(found["depth_order"]) else
+                 f"before or behind the moved object: {found['depth_order']:.0%} of the others right"))
     print(f"time         encode {encoded - began:.2f} s, denoise {denoised - encoded:.2f} s, decode {ended - denoised:.2f} s, "
           f"{time.perf_counter() - START:.2f} s in all")
     print("wrote        " + ", ".join(map(str, written)))

@@ -503,11 +503,24 @@ class Editor:
 
     def edit(self, images, prompts: list[str], seeds: list[int], steps: int | None = None, guidance: float | None = None):
         """Edited pictures, uint8 (B, H, W, 3) as given. Each sample's noise comes from its own seed."""
+        return self.edit_and_depth(images, prompts, seeds, steps, guidance)[0]
+
+    @torch.inference_mode()
+    def edit_and_depth(self, images, prompts: list[str], seeds: list[int], steps: int | None = None,
+                       guidance: float | None = None, alter_geometry=None):
+        """Edited pictures as `edit`, and what the spatial head says of their depth, grey pictures (B, 16 g, 16 g, 3) uint8,
+        near is bright; None without spatial tokens or a head. alter_geometry: a function of the geometry tokens S
+        (B, l', d') before they are used, to see whether they are."""
         cond = self.condition(torch.as_tensor(images), prompts)
+        if alter_geometry is not None:
+            cond.geometry = alter_geometry(cond.geometry)
         guidance = self.preset.guidance_sample if guidance is None else guidance
         noise = make_noise(self.preset, cond.grid, seeds).to(cond.reference.device)
-        tokens, _ = sample(self.model, cond, noise, steps or self.preset.steps, guidance)
-        return decode_image(self.vae, tokens, cond.grid).cpu().numpy()
+        tokens, spatial = sample(self.model, cond, noise, steps or self.preset.steps, guidance)
+        pictures, head = decode_image(self.vae, tokens, cond.grid).cpu().numpy(), self.model.spatial_head
+        if cond.geometry is None or head is None:
+            return pictures, None
+        return pictures, decode_depth(self.vae, head(spatial), self.model.connector.grid).cpu().numpy()
 
     def vae_roundtrip(self, images):
         """The pictures after the autoencoder alone: the best any edit could look."""

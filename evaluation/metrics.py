@@ -10,12 +10,14 @@ shadow, found by the same operator in y and in x1, so that no segmenter is neede
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+import scenes
 from data import resize
 
 PSNR_CAP = 50.0  # dB: an exact copy
 EFFECT_THRESHOLD = 0.10
 NAMES = ("effect_iou", "centroid_err", "ghost", "arrival", "bg_psnr", "bg_ssim", "obj_psnr", "obj_psnr_shift",
          "retrieval", "order", "psnr", "ssim")
+NAMES_OF_DEPTH = ("depth_rmse", "depth_order", "depth_order_new")
 NAMES_WITHOUT_TRUTH = ("kept_psnr", "kept_ssim", "source_change", "template")
 SCALES = (0.8, 0.9, 1.0, 1.1, 1.25)  # of the template, relative to what fills the target's box
 TEMPLATE_SIDE = 24  # pixels to which the largest template is shrunk: layout and colour decide, not fine texture
@@ -221,14 +223,40 @@ def order_agreement(disparity: np.ndarray, truth: np.ndarray, moved: np.ndarray,
     truth. Medians in the masks are compared, with a margin of 2 % of the map's range: what is nearer by less in the truth
     is left out, in the edit it counts as wrong. nan when nothing is left.
     """
-    def sides(depth):
-        gap = np.array([np.median(depth[moved]) - np.median(depth[other]) for other in others if other.any()])
-        return np.sign(gap) * (np.abs(gap) > 0.02 * np.ptp(depth))
+    right = order_sides(truth, moved, others)
+    same = order_sides(disparity, moved, others) == right
+    return float(same[right != 0].mean()) if right.any() else float("nan")
 
+
+def order_sides(disparity: np.ndarray, moved: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+    """For each other object: 1 if the moved one is nearer, -1 if it is farther, 0 if neither can be said."""
     if not moved.any():
-        return float("nan")
-    right = sides(truth)
-    return float((sides(disparity) == right)[right != 0].mean()) if right.any() else float("nan")
+        return np.zeros(len(others))
+    gap = np.array([np.median(disparity[moved]) - np.median(disparity[other]) if other.any() else 0 for other in others])
+    return np.sign(gap) * (np.abs(gap) > 0.02 * np.ptp(disparity))
+
+
+def measure_depth(disparity: np.ndarray, pair) -> dict[str, float]:
+    """NAMES_OF_DEPTH for the depth that a model believes the target of a `scenes.Pair` to have: a map (H, W), near is
+    large, on any scale.
+
+    depth_rmse: against the exact disparity of the target in [-1, 1], after the best scale and shift. depth_order: order
+    agreement of the moved object with all others in the target; depth_order_new: with those alone whose order the move
+    changes, so that knowing the source is of no use. nan where there is none.
+    """
+    before, after = map(scenes.disparity, (pair.ref_depth, pair.tgt_depth))
+    fit = np.stack((disparity.ravel(), np.ones(disparity.size)), 1).astype(np.float64)
+    residual = fit @ np.linalg.lstsq(fit, after.ravel(), rcond=None)[0] - after.ravel()
+    others = [i for i in range(len(pair.scene.objects)) if i != pair.moved]
+    seen = [i for i in others if (pair.ref_ids == i).any() and (pair.tgt_ids == i).any()]
+    was = order_sides(before, pair.mask_ref, [pair.ref_ids == i for i in seen])
+    now = order_sides(after, pair.mask_tgt, [pair.tgt_ids == i for i in seen])
+    new = [pair.tgt_ids == i for i, one, two in zip(seen, was, now) if one * two < 0]
+    return {
+        "depth_rmse": float(np.sqrt((residual**2).mean())),
+        "depth_order": order_agreement(disparity, after, pair.mask_tgt, [pair.tgt_ids == i for i in others]),
+        "depth_order_new": order_agreement(disparity, after, pair.mask_tgt, new),
+    }
 
 
 def success(values: dict[str, float], ceiling_bg_psnr: float) -> float:

@@ -8,14 +8,16 @@ import pytest
 from PIL import Image
 
 import evaluate
-from evaluate import AE_SOURCE, CEILING, COPY, MODEL, ROWS, SHUFFLED
+import scenes
+from evaluation import world
+from evaluation.world import AE_SOURCE, CEILING, COPY, MODEL, ROWS, SHUFFLED
 
 
 class Oracle:
     """Knows the scenes by their pictures; obeys exactly the sentence that belongs to one, else leaves it as it is."""
 
     def __init__(self, level, split, scenes, seed, size):
-        self.pairs = {pair.ref.tobytes(): pair for pair, _ in evaluate.scene_stream(level, split, scenes, seed, size)}
+        self.pairs = {pair.ref.tobytes(): pair for pair, _ in world.scene_stream(level, split, scenes, seed, size)}
         self.seeds = []
         self.vggt = None
 
@@ -24,6 +26,11 @@ class Oracle:
         self.seeds += seeds
         pairs = [self.pairs[image.tobytes()] for image in images]
         return np.stack([p.tgt if p.instruction == text else p.ref for p, text in zip(pairs, instructions)])
+
+    def edit_and_depth(self, images, instructions, seeds, **sampling):
+        depths = [scenes.disparity(self.pairs[image.tobytes()].tgt_depth) for image in images]
+        grey = [np.repeat(np.rint(127.5 * d + 127.5).astype(np.uint8)[..., None], 3, -1) for d in depths]
+        return self.edit(images, instructions, seeds, **sampling), np.stack(grey)
 
     def vae_roundtrip(self, images):
         return np.clip(images.astype(int) + (np.indices(images.shape).sum(0) % 2 * 4 - 2), 0, 255).astype(np.uint8)
@@ -36,14 +43,21 @@ def mean(rows, row, name):
     return np.mean([v[name] for v in rows[row]])
 
 
+def test_depth_is_reported_beside_the_source_s():
+    values, *_ = world.evaluate(Oracle(*SCENES), *SCENES, batch=2, sheet=0)
+    assert all(v["depth_rmse"] < 0.01 and v["depth_order"] == 1 for v in values[MODEL] if not np.isnan(v["depth_order"]))
+    assert mean(values, COPY, "depth_rmse") > 0.05
+    assert not any("depth_rmse" in v for row in (CEILING, SHUFFLED) for v in values[row])
+
+
 def test_rows_of_an_oracle():
-    values, relations, absent, shown = evaluate.evaluate(Oracle(*SCENES), *SCENES, batch=2, sheet=3)
+    values, relations, absent, shown = world.evaluate(Oracle(*SCENES), *SCENES, batch=2, sheet=3)
     assert [len(values[row]) for row in ROWS] == [5] * 5 and len(relations) == 5 and len(shown) == 3
     for row, right in ((MODEL, 1), (CEILING, 1), (COPY, 0), (AE_SOURCE, 0), (SHUFFLED, 0)):
         assert mean(values, row, "success") == right, row
     assert mean(values, MODEL, "psnr") == 50 and 35 < mean(values, CEILING, "psnr") < 45
     assert 0 <= absent <= 1
-    sheet = evaluate.contact_sheet(shown)
+    sheet = world.contact_sheet(shown)
     assert sheet.dtype == np.uint8 and sheet.shape[1] == 2 * (3 * 64 + 2 * 8 + 16)
 
 
@@ -51,16 +65,16 @@ def test_batch_size_changes_nothing():
     runs = []
     for batch in (2, 5):
         oracle = Oracle(*SCENES)
-        values, *_ = evaluate.evaluate(oracle, *SCENES, batch=batch, sheet=0)
+        values, *_ = world.evaluate(oracle, *SCENES, batch=batch, sheet=0)
         runs.append((values, sorted(oracle.seeds)))
     np.testing.assert_equal(*runs)
 
 
 def test_instructions_are_exchanged_and_seeds_share_no_scene():
-    stream = list(evaluate.scene_stream(*SCENES))
+    stream = list(world.scene_stream(*SCENES))
     assert all(donor.seed != pair.seed for pair, donor in stream)
     assert sorted(donor.seed for _, donor in stream) == sorted(pair.seed for pair, _ in stream)
-    other = evaluate.scene_stream("plain", "unseen", 5, 4, 64)
+    other = world.scene_stream("plain", "unseen", 5, 4, 64)
     assert not {pair.seed for pair, _ in stream} & {pair.seed for pair, _ in other}
 
 

@@ -1,5 +1,7 @@
 """Every metric takes the value it should on edits that are constructed from the truth. pytest tests/test_metrics.py"""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -150,3 +152,20 @@ def test_another_size_is_refused():
     pair = make_pair(5, "plain", "seen", 64, index=0)
     with pytest.raises(ValueError, match="keep the size"):
         M.measure(pair.tgt[:48], pair)
+
+
+def test_depth_order_counts_what_the_move_changes():
+    """Three objects side by side; the moved one starts nearest and ends between the others in depth."""
+    ids = np.repeat([[0, 1, 2, -1]], 4, 0).repeat(4, 1)  # (4, 16)
+    depths = [np.choose(ids + 1, [9.0, d, 4.0, 6.0]) for d in (2.0, 5.0)]
+    thing = SimpleNamespace(objects=(None,) * 3)
+    pair = SimpleNamespace(scene=thing, moved=0, ref_depth=depths[0], tgt_depth=depths[1], ref_ids=ids, tgt_ids=ids,
+                           mask_ref=ids == 0, mask_tgt=ids == 0)
+    truth, source = (1 / d for d in depths[::-1])
+    found = M.measure_depth(3 - 7 * truth, pair)  # scale and shift do not matter to the error; the sign does to the order
+    assert found["depth_rmse"] < 1e-6 and found["depth_order"] == 0
+    assert M.measure_depth(truth, pair) == pytest.approx({"depth_rmse": 0, "depth_order": 1, "depth_order_new": 1}, abs=1e-6)
+    found = M.measure_depth(source, pair)  # nearer than both: right of the one behind it, wrong of the one that it passed
+    assert found["depth_order"] == 0.5 and found["depth_order_new"] == 0 and found["depth_rmse"] > 0.05
+    still = SimpleNamespace(**{**vars(pair), "tgt_depth": depths[0]})
+    assert np.isnan(M.measure_depth(source, still)["depth_order_new"])

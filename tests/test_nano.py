@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluate import CEILING, COPY, MODEL, SHUFFLED, evaluate
+from evaluation.world import CEILING, COPY, MODEL, SHUFFLED, evaluate
 from spatialdiff import PRESETS, default_folders, load
 
 NANO = PRESETS["nano"]
