@@ -31,6 +31,12 @@ class Thing:
     b: float
     yaw: float  # radians
     finish: str = "plastic"
+    z: float = 0.0  # height of its base above the floor
+
+    @property
+    def top(self) -> float:
+        """Height of its highest point above the floor."""
+        return self.z + self.size * max(z + height for _, _, _, _, z, _, _, height, _ in BODIES[self.shape])
 
     @property
     def name(self) -> str:
@@ -43,12 +49,24 @@ class Camera:
     distance: float  # on the ground, to the origin
     fov: float  # degrees, both sides
     aim: float = 0.3  # height of the point above the origin it looks at
+    roll: float = 0.0  # degrees, clockwise as the camera sees it: the picture turns the other way
 
     @property
     def pose(self) -> tuple[np.ndarray, np.float32, np.float32]:
         """Eye (3,), cosine and sine of the angle by which the camera looks down."""
         angle = math.atan2(self.height - self.aim, self.distance)
         return np.array([0, -self.distance, self.height], F), F(math.cos(angle)), F(math.sin(angle))
+
+    def level(self, u, v, back: bool = False):
+        """Image-plane coordinates (u right, v up, both tangents) of a picture to those of a camera without roll, or back."""
+        cos, sin = F(math.cos(math.radians(self.roll))), F(math.sin(math.radians(-self.roll if back else self.roll)))
+        return cos * u + sin * v, cos * v - sin * u
+
+    def ground(self, u: float, v: float) -> tuple[float, float]:
+        """Ground point (a, b) that a camera without roll sees at image-plane coordinates below the horizon."""
+        (_, _, height), cos, sin = self.pose
+        depth = float(height / (sin - v * cos))
+        return u * depth, float(cos + v * sin) * depth - self.distance
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,7 @@ class Light:
     elevation: float
     strength: float
     radius: float = 0.11  # radians: the softness of shadows
+    pool: float = 0.012  # how fast it falls off from the middle of the stage
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,7 @@ class Scene:
     light: Light
     floor: Floor
     objects: tuple[Thing, ...]
+    wide: bool = False  # places anywhere in the picture, and distances in proportion to the camera's
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -95,6 +115,7 @@ PLANES = {
     "roof": ((1, 0, 0, 1), (-1, 0, 0, 1), (0, 1, 1, 1), (0, -1, 1, 1), (0, 0, -1, 0)),
 }
 CREAM, BROWN, DARK, WHITE = (0.93, 0.88, 0.76), (0.42, 0.26, 0.15), (0.13, 0.13, 0.15), (0.93, 0.93, 0.93)
+STONE = (0.78, 0.77, 0.74)
 # Rows: body, top, centre (3), half extents or radii (2) and height, paint (None: the object's colour).
 BODIES = {
     "cube": (("box", 0, 0, 0, 0, 0.76, 0.76, 1.52, None),),
@@ -116,6 +137,10 @@ BODIES = {
              ("frustum", 0.55, 0, 0, 1.1, 0.72, 0.72, 0.85, None)),
     "car": (("box", 0, 0, 0, 0.2, 0.95, 0.5, 0.45, None), ("box", 0, -0.1, 0, 0.65, 0.5, 0.42, 0.36, WHITE),
             *(("ball", 0, x, y, 0.25, 0.25, 0.14, 0.25, DARK) for x in (-0.55, 0.55) for y in (-0.48, 0.48))),
+    # What things stand on, low to high. Corners stay within 1.1 of the middle, see bounding_sphere.
+    "block": (("box", 0, 0, 0, 0, 0.77, 0.77, 0.55, None),),
+    "plinth": (("box", 0, 0, 0, 0, 0.72, 0.72, 1.2, None), ("box", 0, 0, 0, 1.2, 0.77, 0.77, 0.14, STONE)),
+    "pillar": (("frustum", 1, 0, 0, 0, 0.66, 0.66, 2.1, None), ("frustum", 1, 0, 0, 2.1, 0.8, 0.8, 0.16, STONE)),
 }
 FINISHES = ("plastic", "rubber", "metal", "striped")
 FLOORS = {  # share of the second colour at ground points, 0..1
@@ -156,13 +181,13 @@ class Part:
                 z / self.scale[2])
 
     def outline(self, camera: Camera):
-        """Image-plane coordinates (u right, v up, both tangents) of the bounding box's corners: two (8,) arrays."""
+        """Image-plane coordinates of the bounding box's corners in the picture: two (8,) arrays."""
         box = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1 if self.body == "ball" else 0, 1)], F)
         (x, y, z), (eye, cos, sin) = (box * self.scale).T, camera.pose
         x, y = self.centre[0] + self.cos * x - self.sin * y, self.centre[1] + self.sin * x + self.cos * y - eye[1]
         z = self.centre[2] + z - eye[2]
         depth = cos * y - sin * z
-        return x / depth, (sin * y + cos * z) / depth
+        return camera.level(x / depth, (sin * y + cos * z) / depth, back=True)
 
 
 def parts_of(scene: Scene, only: Iterable[int] | None = None) -> list[Part]:
@@ -171,7 +196,7 @@ def parts_of(scene: Scene, only: Iterable[int] | None = None) -> list[Part]:
         thing = scene.objects[i]
         r, cos, sin = thing.size, math.cos(thing.yaw), math.sin(thing.yaw)
         for body, top, x, y, z, *scale, paint in BODIES[thing.shape]:
-            centre = np.array([thing.a + r * (cos * x - sin * y), thing.b + r * (sin * x + cos * y), r * z], F)
+            centre = np.array([thing.a + r * (cos * x - sin * y), thing.b + r * (sin * x + cos * y), thing.z + r * z], F)
             finish = thing.finish if paint is None else "rubber"
             parts.append(Part(i, body, F(top), centre, np.array([r * s for s in scale], F), F(cos), F(sin),
                               linear(paint or COLOURS[thing.colour]), finish))
@@ -236,7 +261,8 @@ def first_hits(camera: Camera, parts: list[Part], size: int, x, y):
     is z-depth; z-depth (N,) float32; the index of the part hit (N,) int16, -1 floor."""
     scale, (eye, cos, sin) = F(2 * math.tan(math.radians(camera.fov) / 2) / size), camera.pose
     u, v = (x - F(size / 2)) * scale, (F(size / 2) - y) * scale
-    d = np.stack([u, cos + v * sin, v * cos - sin])
+    right, up = camera.level(u, v)
+    d = np.stack([right, cos + up * sin, up * cos - sin])
     depth = np.minimum(eye[2] / np.maximum(-d[2], F(1e-3)), F(60))
     hit = np.full(u.shape, -1, np.int16)
     for k, part in enumerate(parts):
@@ -273,7 +299,8 @@ def light_rays(light: Light, count: int = 12) -> np.ndarray:
 def bounding_sphere(thing: Thing):
     """Centre (3, 1) and radius of a sphere around the object."""
     height = max(z + sz for _, _, _, _, z, _, _, sz, _ in BODIES[thing.shape])
-    return np.array([[thing.a], [thing.b], [thing.size * height / 2]], F), F(thing.size * math.hypot(1.1, height / 2))
+    middle = thing.z + thing.size * height / 2
+    return np.array([[thing.a], [thing.b], [middle]], F), F(thing.size * math.hypot(1.1, height / 2))
 
 
 def lit_share(scene: Scene, parts: list[Part], rays, hit, p, facing):
@@ -343,7 +370,7 @@ def shade(scene: Scene, parts: list[Part], d, depth, hit) -> np.ndarray:
     strength, warm = F(scene.light.strength), np.array([[1.0], [0.965], [0.91]], F)
     blue, bounce = (np.array([[0.92], [0.97], [1.06]]) * 0.62).astype(F), linear(scene.floor.colour)[:, None]
     # A pool of light on the floor, as in a studio: falls off slowly from the middle of the stage.
-    pool = F(1) / (F(1) + F(0.012) * (p[0] * p[0] + (p[1] - F(0.3)) ** 2))
+    pool = F(1) / (F(1) + F(scene.light.pool) * (p[0] * p[0] + (p[1] - F(0.3)) ** 2))
     ambient = (blue * up + F(0.75) * bounce * (F(1) - up)) * open_sky
     lights = warm * F(1.55) * strength * key + ambient + F(0.22) * fill
     polished = F(0.35) * lights + F(1.8) * np.clip(upward, F(0.1), F(1)) * open_sky  # metal reflects the sky
