@@ -413,6 +413,8 @@ def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace
             swap(params, ema)
             task.modules.eval()
             save_png(out / f"sheet-{step + 1:06}.png", side_by_side(task.sheet()))
+            if args.keep:
+                task.save(out / f"step-{step + 1:06}")
             task.modules.train()
             swap(params, ema)
     swap(params, ema)  # the averages are the result
@@ -446,6 +448,7 @@ def parse() -> argparse.Namespace:
     data("--data", default="scenes", metavar="FILE.jsonl", help="triples (see data.py); default: the rendered world")
     data("--no-cache", action="store_true", help="triples of a file: encode every batch anew; the encoders stay in memory")
     data("--level", default="plain", choices=scenes.LEVELS, help="difficulty of the rendered scenes")
+    data("--move-shards", type=int, metavar="N", help="stage base: moves from the first N files only, to leave stage 2 some to learn")
     data("--shards", type=int, default=32, help=f"rendered files of {SHARD} scenes (default 32)")
     loop = parser.add_argument_group("optimisation").add_argument
     loop("--steps", type=int, help="optimiser steps (default: the recipe's)")
@@ -457,11 +460,14 @@ def parse() -> argparse.Namespace:
     loop("--attention", default="auto", choices=kernels.ATTENTION, help="auto: on a GPU the faster of Triton and SDPA, timed once")
     loop("--device", help="default: cuda if there is one, else cpu")
     loop("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and sample sheet")
+    loop("--keep", action="store_true", help="also keep the trained parts of every checkpoint, in OUTPUT/step-N")
     args = parser.parse_args()
     if not (args.stage or args.overfit):
         parser.error("say what to train: --stage base, --stage 1, --stage 2 or --overfit")
     if args.data != "scenes" and args.stage not in ("1", "2"):
         parser.error(f"--data {args.data}: files of triples are for --stage 1 and 2; the rest learns from the rendered world.")
+    if args.keep and args.stage not in ("1", "2"):
+        parser.error("--keep is for --stage 1 and 2.")
     if args.overfit:
         args.stage, args.preset = "overfit", "tiny"
     args.output = args.output or Path("runs") / {"1": "stage1", "2": "stage2"}.get(args.stage, args.stage)
@@ -586,7 +592,8 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
             editor = Editor(preset, vae, t5, clip, vggt, load_tokenizers(preset, args.weights), model, sources)
         kinds = ("move",) if part in "12" else ("move", "recolour", "remove", "add", "identity")
         hashes = {name: sources[name].digest()[:8] for name in ("vae", "vggt") if name in sources}
-        triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes)
+        move_shards = args.move_shards if part == "mmdit" else None
+        triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes, move_shards)
         watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level, "seen", preset.side, extras=False) for i in range(8)]
     else:
         path, cache = Path(args.data), args.cache / Path(args.data).stem

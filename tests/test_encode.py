@@ -94,6 +94,16 @@ def test_batches_are_shuffled_epochs():
     assert torch.equal(batch_indices(10, 4, 7, seed=3), rows[28:32])
 
 
+def test_moves_of_the_first_files_only(shards):
+    vae = build(TINY, "vae").eval()
+    kinds = ("move", "recolour", "remove", "add", "identity")
+    every, few = (encode_scenes(shards, vae, None, TINY, "none", kinds, False, {"vae": "m"}, n) for n in (None, 1))
+    assert len(every) == 18 and len(few) == 12  # six scenes with two moves and one other edit each
+    assert few.instructions == every.instructions[:9] + every.instructions[11::3]
+    assert torch.equal(few.target, torch.cat((every.target[:9], every.target[11::3])))
+    assert torch.equal(few.reference[few.root], torch.cat((every.reference[every.root[:9]], every.reference[every.root[11::3]])))
+
+
 # Triples of files
 
 

@@ -111,6 +111,16 @@ def test_cached_encodings_give_the_same_bits(tiny, tmp_path, monkeypatch, option
     assert all(torch.equal(again[name], cached[name]) for name in cached)
 
 
+def test_parts_of_every_checkpoint_are_kept(tiny, tmp_path):
+    on_files(tiny, tmp_path, "--stage", "2", "--save-every", 5, "--keep")
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000005", "step-000010", "step-000012"]
+    for name in ("lora", "connector", "spatial_head"):
+        middle, last, result = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("step-000005", "step-000012", ""))
+        assert all(torch.equal(last[key], result[key]) for key in result)
+        assert any(not torch.equal(middle[key], result[key]) for key in result)
+    assert "--keep is for" in run("--stage", "base", "--keep", code=2)
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_encoders_leave_memory(tiny, tmp_path, monkeypatch, cached):
     """While training on cached encodings no network that makes them is alive; without a cache they are."""
