@@ -9,6 +9,10 @@ source layout and the relation, so each instruction has exactly one truth.
 
 Ground coordinates are aligned with the camera: a to the right, b away from it, z up, one unit about
 the width of an object. Pictures are (H, W, 3) uint8, depth is z-depth along the optical axis.
+
+Levels: plain (five shapes, bare floor), textured (thirteen shapes, patterns), hard (4 to 7 objects; moves go far in depth or
+occlude), deep (hard, and a pixel's place does not tell its depth: pitch, roll, field of view and the size of objects vary,
+things stand on others, some relations are about depth; distances to the camera are on the ground, to the point below it).
 """
 
 import argparse
@@ -400,7 +404,7 @@ def other_edit(rng, scene: Scene, level: str) -> Edit | None:
     if kind == "turn":
         way = list(FACINGS)[rng.integers(len(FACINGS))]
         target = replace(scene, objects=(*before, replace(thing, yaw=FACINGS[way]), *after))
-        if math.cos(FACINGS[way] - thing.yaw) > 0.7:  # it does so already
+        if math.cos(FACINGS[way] - thing.yaw) > 0.7 or not in_frame(target, index):  # it does so already, or is cut off
             return None
         return Edit(kind, "", sentence(pattern.format(x=thing.name, way=way)), target, index)
     if kind == "remove":

@@ -295,6 +295,19 @@ def test_deep_things_stand_on_something(training, evaluated):
     assert raised > len(layouts) / 2 and heights == set(tops)
 
 
+def test_on_top_of_what_itself_is_raised():
+    things = (S.Thing("block", "red", 0.95, 0.5, 0.0, 0.3), S.Thing("cube", "blue", 0.6, 0.5, 0.0, 0.1, z=0.55 * 0.95),
+              S.Thing("cone", "green", 0.36, -1.2, 0.0, 0.0), S.Thing("cone", "pink", 0.5, -1.2, 1.5, 0.0))
+    scene = S.Scene(WIDE, LIGHT, FLOOR, things, wide=True)
+    rng = np.random.default_rng(0)
+    edit = S.find_move(rng, scene, "on top of", (2,))
+    assert edit.references == (1,)  # the block carries something already
+    assert edit.target.objects[2] == replace(things[2], a=0.5, b=0.0, z=pytest.approx(0.55 * 0.95 + 1.52 * 0.6))
+    assert S.find_move(rng, scene, "on top of", (3,)) is None  # too big
+    assert S.find_move(rng, scene, "right", (0,)) is None  # what carries something stays
+    assert S.find_move(rng, edit.target, "left", (1,)) is None and S.find_move(rng, edit.target, "closer", (2,))
+
+
 @pytest.mark.parametrize("level", ("plain", "deep"))
 def test_edits_of_training(training, level):
     kinds = Counter()
@@ -312,7 +325,9 @@ def test_edits_of_training(training, level):
                 assert after[:-1] == before and f"{after[-1].colour} {after[-1].shape}" in e.instruction
                 assert re.search(r" (an [aeiou]|a [^aeiou])", e.instruction)
             elif e.kind in ("scale", "turn"):
-                thing, text = before[e.moved], e.instruction
+                thing, text, ids = before[e.moved], e.instruction, S.trace_ids(e.target, 64)
+                border = np.concatenate([ids[0], ids[-1], ids[:, 0], ids[:, -1]])
+                assert e.moved not in border and (ids == e.moved).sum() > 12
                 assert thing.name in text and [i for i in range(len(before)) if before[i] != after[i]] == [e.moved]
                 if e.kind == "scale":
                     factor = {(True, False): 2, (False, True): 0.5}["twice" in text, "half" in text]
@@ -502,6 +517,9 @@ def test_shadows_of_a_stack_lie_on_its_support_and_on_the_floor(support, size):
     share = after / before
     assert shaded.sum() >= 40 and beside.sum() >= 40
     assert share[shaded].max() < 0.7 and share[beside].min() > 0.75
+    if support > 1:  # the contact shadow, where the light itself is not blocked
+        close = on_top & (distance > 1.3 * radius) & (np.hypot(p[..., 0], p[..., 1]) < 1.2 * radius)
+        assert close.sum() > 10 and share[close].max() < 0.97
 
 
 def foot_and_depth(level, count):
