@@ -404,7 +404,9 @@ def other_edit(rng, scene: Scene, level: str) -> Edit | None:
     if kind == "turn":
         way = list(FACINGS)[rng.integers(len(FACINGS))]
         target = replace(scene, objects=(*before, replace(thing, yaw=FACINGS[way]), *after))
-        if math.cos(FACINGS[way] - thing.yaw) > 0.7 or not in_frame(target, index):  # it does so already, or is cut off
+        if math.cos(FACINGS[way] - thing.yaw) > 0.7:  # it does so already
+            return None
+        if not in_frame(target, index) or not well_seen(target, level, (index,)):
             return None
         return Edit(kind, "", sentence(pattern.format(x=thing.name, way=way)), target, index)
     if kind == "remove":
