@@ -7,6 +7,7 @@
     python evaluate.py sanity   --benchmark BENCH --url URL --model M
     python evaluate.py study    --benchmark BENCH --outputs ours=OUT/ours kontext=OUT/kontext --output study.html
     python evaluate.py study    --tally votes/*.json
+    python evaluate.py ablation --base runs/base --output runs/ablation        trains and measures the paper's ladder in miniature
 
 Without a command: rows are the model; autoencoder(target), the ceiling; the source copied; autoencoder(source); the model
 with every instruction exchanged for the next scene's (if text is used, this row is clearly worse). One seed per scene, no
@@ -21,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
+import scenes
 from data import open_image, resolve, save_png
-from evaluation import benchmark, chat, pages, score, viescore
+from evaluation import ablation, benchmark, chat, pages, score, viescore
 from evaluation.score import markdown
-from evaluation.study import study, tally, tally_table
+from evaluation.study import study
+from evaluation.tally import tally, tally_table
 from evaluation.world import CEILING, COLUMNS, COPY, MODEL, ROWS, contact_sheet, evaluate, summarise
-from scenes import LEVELS, RELATIONS
+from model.text import unknown_words
 from spatialdiff import PRESETS, choose_device, choose_preset, default_folders, find_learned, load, load_depth
 
 
@@ -34,7 +37,7 @@ def main() -> None:
     args = parse()
     try:
         {"generate": run_generate, "score": run_score, "compose": run_compose, "sanity": run_sanity, "study": run_study,
-         None: run_evaluation}[args.command](args)
+         "ablation": lambda args: ablation.run(ablation.plan_of(args)), None: run_evaluation}[args.command](args)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -42,18 +45,18 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    scenes = parser.add_argument_group("scenes")
-    scenes.add_argument("--level", choices=LEVELS, default="plain")
-    scenes.add_argument("--split", choices=("seen", "unseen", "both"), default="both")
-    scenes.add_argument("--scenes", type=int, default=300, help="per split")
-    scenes.add_argument("--seed", type=int, default=0, help="which scenes; different seeds share none")
+    group = parser.add_argument_group("scenes")
+    group.add_argument("--level", choices=scenes.LEVELS, default="plain")
+    group.add_argument("--split", choices=("seen", "unseen", "both"), default="both")
+    group.add_argument("--scenes", type=int, default=300, help="per split")
+    group.add_argument("--seed", type=int, default=0, help="which scenes; different seeds share none")
     add_model_arguments(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--batch", type=int, default=32, help="scenes edited at once; changes speed and memory, not results")
     run.add_argument("--sheet", type=int, default=20, help="edits on the contact sheet")
     run.add_argument("--output", type=Path, help="folder for results.json, sheet and report; default: print only")
 
-    commands = parser.add_subparsers(dest="command", metavar="compose | generate | score | sanity | study")
+    commands = parser.add_subparsers(dest="command", metavar="compose | generate | score | sanity | study | ablation")
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, description=about)
@@ -86,6 +89,8 @@ def parse() -> argparse.Namespace:
     sub = command("sanity", "Does a judge tell right from wrong? Exit status 1 if not.")
     sub.add_argument("--count", type=int, default=8, help="samples with truth and masks, four pictures each")
     add_judge_arguments(sub)
+
+    ablation.add_arguments(commands.add_parser("ablation", description=ablation.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
 
     sub = command("study", "A page on which people rank methods blindly; --tally adds up their votes.")
     sub.add_argument("--outputs", nargs="+", metavar="NAME=DIR")
@@ -137,6 +142,9 @@ def run_evaluation(args: argparse.Namespace) -> None:
     if min(args.batch, args.sheet) < 1:
         raise ValueError("--batch and --sheet must be at least 1.")
     model, preset, sampling, about = load_editor(args)
+    unknown = unknown_words(model.tokenizers[0], " ".join(scenes.vocabulary(args.level)))
+    if unknown:
+        print(f"The model does not know {len(unknown)} words of level {args.level}: {', '.join(unknown)}.")
     results, tables, bars, cases = [], [], [], []
     for split in ("seen", "unseen") if args.split == "both" else (args.split,):
         values, relations, absent, shown = evaluate(
@@ -144,7 +152,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
         rows = {row: summarise(values[row]) for row in ROWS}
         by_relation = {row: {relation: {"scenes": relations.count(relation)}
                              | summarise([v for v, r in zip(values[row], relations) if r == relation])
-                             for relation in RELATIONS if relation in relations} for row in ROWS}
+                             for relation in scenes.relations(args.level) if relation in relations} for row in ROWS}
         caption = f"{args.level}, {split}: {args.scenes} scenes of seed {args.seed}; mean [95 % bootstrap interval]"
         print(f"\n{caption}\n")
         names = [name for name in COLUMNS if any(name in row for row in rows.values())]

@@ -491,8 +491,7 @@ def init_base(mmdit: MMDiT) -> None:
 def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path, level: str) -> Editor:
     """Fresh text encoders and a fresh MMDiT around an autoencoder; writes the word-level tokenizer to `folder`. It knows
     the words of the level alone, so that a word never seen in training is refused."""
-    words = [word for word in scenes.VOCABULARY if level != "plain" or word not in scenes.COMPOUNDS]
-    build_word_tokenizer(words).save(str(folder / "tokenizer.json"))
+    build_word_tokenizer(scenes.vocabulary(level)).save(str(folder / "tokenizer.json"))
     device = vae.encoder.conv_in.weight.device
     model = SpatialDiff(preset).to(device)
     init_base(model.mmdit)
@@ -590,7 +589,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
             vggt = load_part(preset, sources["vggt"], args.device, args.dtype) if args.ism else None
             model = stage_model(preset, sources, args)
             editor = Editor(preset, vae, t5, clip, vggt, load_tokenizers(preset, args.weights), model, sources)
-        kinds = ("move",) if part in "12" else ("move", "recolour", "remove", "add", "identity")
+        kinds = ("move",) if part in "12" else ("move", *scenes.other_kinds(args.level))
         hashes = {name: sources[name].digest()[:8] for name in ("vae", "vggt") if name in sources}
         move_shards = args.move_shards if part == "mmdit" else None
         triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes, move_shards)

@@ -282,3 +282,16 @@ def bootstrap(values, resamples: int = 2000, statistic=None) -> tuple[float, flo
     draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(statistic(values[draws].mean(1)), (2.5, 97.5))
     return float(statistic(values.mean(0))), float(low), float(high)
+
+
+def bootstrap_two_ways(values: np.ndarray, resamples: int = 2000) -> tuple[float, float, float, int]:
+    """Mean of values (V, S), low and high of its 95 % interval, and how many are not nan. Rows and columns are both drawn
+    anew with replacement: voters (or training seeds) and samples, since the claim is about other ones of both."""
+    given = np.isfinite(values)
+    if not given.any():
+        return float("nan"), float("nan"), float("nan"), 0
+    random = np.random.default_rng(0)
+    voters, samples = (random.multinomial(n, np.full(n, 1 / n), resamples).astype(float) for n in values.shape)  # times drawn
+    total, count = (((voters @ x) * samples).sum(1) for x in (np.where(given, values, 0), given.astype(float)))
+    low, high = np.percentile(total[count > 0] / count[count > 0], (2.5, 97.5))
+    return float(values[given].mean()), float(low), float(high), int(given.sum())

@@ -6,9 +6,7 @@ instructions, method names and error messages as they are. A Content-Security-Po
 """
 
 import base64
-import html
 import io
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data import resize
+from evaluation.plot import Bars, Curves, bars_html, boxed, curves_html, text
 
 LONGEST_SIDE = 512  # of an embedded picture, pixels: what the paper's pictures have
 
@@ -33,15 +32,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Bars:
-    """One bar per label and series with its interval: series[name][i] = (value, low, high) of labels[i], or None."""
-    caption: str
-    unit: str
-    labels: list[str]
-    series: dict[str, list[tuple[float, float, float] | None]]
-
-
-@dataclass(frozen=True)
 class Case:
     """One sample: pictures by caption, the source first, then the edit. kind: "best", "worst" or "" (its section)."""
     title: str
@@ -52,13 +42,14 @@ class Case:
 
 
 def report(path: str | Path, title: str, facts: dict[str, str], tables: list[Table], bars: list[Bars],
-           cases: list[Case], notes: list[str]) -> None:
-    """Write the page: facts (model, judge, seeds, date, ...), tables, bars, notes, then the worst, best and other cases.
+           cases: list[Case], notes: list[str], curves: list[Curves] = ()) -> None:
+    """Write the page: facts (model, judge, seeds, date, ...), curves, tables, bars, notes, then the worst, best and other cases.
 
     ValueError if a table's row or a series has another length than its header or labels, or a case has no picture.
     """
     body = [f"<header><h1>{text(title)}</h1>{pairs(facts, 'facts')}</header><main>"]
     body += [section(heading, parts) for heading, parts in (
+        ("Curves", [curves_html(c, i) for i, c in enumerate(curves)]),
         ("Results", [table_html(table, i) for i, table in enumerate(tables)]),
         ("Means and intervals", [bars_html(b, i) for i, b in enumerate(bars)]),
         ("Notes", ["<ul>" + "".join(f"<li>{text(note)}</li>" for note in notes) + "</ul>"] if notes else []),
@@ -69,11 +60,6 @@ def report(path: str | Path, title: str, facts: dict[str, str], tables: list[Tab
 
 
 # Shared with the study page
-
-
-def text(value) -> str:
-    """Any value as HTML text, safe between tags and inside quoted attributes."""
-    return html.escape(str(value), quote=True)
 
 
 def data_url(image: np.ndarray) -> str:
@@ -118,12 +104,6 @@ def pairs(values: dict[str, str], kind: str) -> str:
     return f'<dl class="{kind}">{items}</dl>' if items else ""
 
 
-def boxed(caption: str, name: str, inner: str, kind: str = "") -> str:
-    """A table in a box of its own that scrolls sideways, reachable by keyboard and named by the caption."""
-    return (f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}"><table class="{kind}">'
-            f'<caption id="{name}"><span>{text(caption)}</span></caption>{inner}</table></div>')
-
-
 def is_number(cell: str) -> bool:
     return cell.strip()[:1].isdigit() or (cell.strip()[:1] in "+-−.±" and any(c.isdigit() for c in cell))
 
@@ -142,63 +122,6 @@ def table_html(table: Table, index: int) -> str:
         rows += f'<tr{" class=mark" if i in table.highlight else ""}><th scope="row">{text(row[0])}</th>{cells}</tr>'
     note = f'<p class="note">{text(table.note)}</p>' if table.note else ""
     return boxed(table.caption, f"table-{index}", f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>") + note
-
-
-def round_up(x: float) -> float:
-    """The next of 1, 2, 2.5, 5, 10 times a power of ten: the end of an axis."""
-    if x <= 0:
-        return 0.0
-    power = 10 ** math.floor(math.log10(x))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= x * (1 - 1e-9))
-
-
-def bars_html(bars: Bars, index: int) -> str:
-    """Bars as a table: name, drawing, number. The number beside each drawing is its text alternative, so the drawing
-    itself is hidden from screen readers; widths are percentages, so letters keep their size on a phone."""
-    for name, values in bars.series.items():
-        if len(values) != len(bars.labels):
-            raise ValueError(f'Bars "{bars.caption}": {len(bars.labels)} labels, but series {name} has {len(values)} values.')
-    known = [x for values in bars.series.values() for triple in values if triple for x in triple if math.isfinite(x)]
-    left, right = 0.0 - round_up(-min([0, *known])), round_up(max([0, *known]))
-    right = right if right > left else left + 1
-    digits = 1 if max(right, -left) > 2 else 3
-
-    def at(x: float) -> str:
-        return f"{100 * (x - left) / (right - left):.2f}%"
-
-    def row(name: str, triple, kind: int) -> str:
-        drawing, number = "", "not measured"
-        if triple and math.isfinite(triple[0]):
-            value, low, high = triple
-            start, end = sorted((0.0, value))
-            width = f"{100 * (end - start) / (right - left):.2f}%"
-            drawing = f'<rect class="s{kind % 6}" x="{at(start)}" y="3" width="{width}" height="12"/>'
-            number = f"{value:.{digits}f}"
-            if math.isfinite(low) and math.isfinite(high):
-                ends = ((at(low), at(high), 9, 9), (at(low), at(low), 5, 13), (at(high), at(high), 5, 13))
-                drawing += "".join(f'<line class="{c}" x1="{a}" x2="{b}" y1="{y}" y2="{z}"/>'
-                                   for c in ("halo", "whisker") for a, b, y, z in ends)
-                number += f" <span>[{low:.{digits}f}, {high:.{digits}f}]</span>"
-        grid = "".join(f'<line class="grid" x1="{at(x)}" x2="{at(x)}" y1="0" y2="18"/>'
-                       for x in {left, 0.0, (left + right) / 2, right})
-        return (f'<tr><th scope="row">{text(name)}</th><td class="plot"><svg aria-hidden="true" width="100%" height="18">'
-                f'{grid}{drawing}</svg></td><td class="n">{number}</td></tr>')
-
-    single, bodies = len(bars.series) == 1, ""
-    for i, label in enumerate(bars.labels):
-        if not single:
-            bodies += f'<tbody><tr><th scope="rowgroup" colspan="3">{text(label)}</th></tr>'
-        bodies += "".join(row(label if single else name, values[i], kind)
-                          for kind, (name, values) in enumerate(bars.series.items()))
-        bodies += "" if single else "</tbody>"
-    ticks = "".join(f'<text x="{at(x)}" y="12" text-anchor="{anchor}">{x:g}</text>'
-                    for x, anchor in ((left, "start"), ((left + right) / 2, "middle"), (right, "end")))
-    axis = (f'<tfoot><tr><td></td><td class="plot"><svg aria-hidden="true" width="100%" height="16">{ticks}</svg></td>'
-            f'<td class="n">{text(bars.unit)}</td></tr></tfoot>')
-    head = (f'<thead class="vh"><tr><th scope="col">{"Label" if single else "Series"}</th><th scope="col">Bar</th>'
-            '<th scope="col">Value</th></tr></thead>')
-    bodies = f"<tbody>{bodies}</tbody>" if single else bodies
-    return boxed(bars.caption, f"bars-{index}", head + bodies + axis, "bars")
 
 
 def case_html(case: Case) -> str:
@@ -253,6 +176,10 @@ tbody th{font-weight:500;background:var(--bg);position:sticky;left:0;min-width:7
 .bars .plot{width:100%;min-width:5.5rem}.bars .n span{color:var(--muted);display:inline-block}.bars svg{display:block;overflow:visible}
 .bars tfoot{color:var(--muted);font-size:.85rem}
 .bars text{fill:var(--muted);font-size:.75rem}.grid{stroke:var(--line)}
+.curves{margin:1rem 0 2rem;max-width:44rem}.curves figcaption{font-weight:600;margin-bottom:.5rem}
+.curves>svg{display:block;width:100%;height:auto}.curves text{fill:var(--muted);font-size:13px}
+.curve,.range{fill:none;stroke-width:2}.keys{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;list-style:none;padding:0;margin:.5rem 0}
+.e0{stroke:var(--s0)}.e1{stroke:var(--s1)}.e2{stroke:var(--s2)}.e3{stroke:var(--s3)}.e4{stroke:var(--s4)}.e5{stroke:var(--s5)}
 .whisker{stroke:var(--fg);stroke-width:1.5}.halo{stroke:var(--bg);stroke-width:4}
 .s0{fill:var(--s0)}.s1{fill:var(--s1)}.s2{fill:var(--s2)}.s3{fill:var(--s3)}.s4{fill:var(--s4)}.s5{fill:var(--s5)}
 .cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}

@@ -33,33 +33,36 @@ def names_absent_object(donor, pair) -> bool:
     return not named <= {thing.name for thing in pair.scene.objects}
 
 
-def evaluate(model, level: str, split: str, scenes: int, seed: int, size: int, batch: int, sheet: int, **sampling):
-    """Edits `scenes` scenes of a split and measures every row.
+def evaluate(model, level: str, split: str, scenes: int, seed: int, size: int, batch: int, sheet: int,
+             baselines: bool = True, **sampling):
+    """Edits `scenes` scenes of a split and measures every row; without `baselines` the model and the ceiling alone.
 
     model: offers edit_and_depth, edit and vae_roundtrip as spatialdiff.Editor does. seed: which scenes; different seeds
-    share none. Memory does not grow with `scenes` except by the numbers. Returns {row: [metrics of each scene]}, the scenes' relations, the share of exchanged
-    instructions that name an absent object, and (pair, edit, metrics) of the first `sheet` scenes.
+    share none. Memory does not grow with `scenes` except by the numbers. Returns {row: [metrics of each scene]}, the
+    scenes' relations, the share of exchanged instructions that name an absent object, and (pair, edit, metrics) of the
+    first `sheet` scenes.
     """
-    values, relations, shown, absent = {row: [] for row in ROWS}, [], [], 0
+    values, relations, shown, absent = {row: [] for row in (ROWS if baselines else (MODEL, CEILING))}, [], [], 0
     stream, start = scene_stream(level, split, scenes, seed, size), time.time()
     while chunk := list(islice(stream, batch)):
         pairs = [pair for pair, _ in chunk]
         source, target = (np.stack([getattr(pair, name) for pair in pairs]) for name in ("ref", "tgt"))
         seeds = [pair.seed for pair in pairs]
         edited, depths = model.edit_and_depth(source, [pair.instruction for pair in pairs], seeds=seeds, **sampling)
-        edits = {
-            MODEL: edited,
-            CEILING: model.vae_roundtrip(target),
-            COPY: source,
-            AE_SOURCE: model.vae_roundtrip(source),
-            SHUFFLED: model.edit(source, [donor.instruction for _, donor in chunk], seeds=seeds, **sampling),
-        }
+        edits = {MODEL: edited, CEILING: model.vae_roundtrip(target)}
+        if baselines:
+            edits |= {
+                COPY: source,
+                AE_SOURCE: model.vae_roundtrip(source),
+                SHUFFLED: model.edit(source, [donor.instruction for _, donor in chunk], seeds=seeds, **sampling),
+            }
         for i, (pair, donor) in enumerate(chunk):
-            measured = {row: metrics.measure(edits[row][i], pair) for row in ROWS}
+            measured = {row: metrics.measure(edit[i], pair) for row, edit in edits.items()}
             if depths is not None:  # of the source copy: what knowing the source's depth alone is worth
                 measured[MODEL] |= metrics.measure_depth(resize(depths[i], *pair.ref.shape[:2])[..., 0], pair)
-                measured[COPY] |= metrics.measure_depth(disparity(pair.ref_depth), pair)
-            for row in ROWS:
+                if baselines:
+                    measured[COPY] |= metrics.measure_depth(disparity(pair.ref_depth), pair)
+            for row in edits:
                 right = metrics.success(measured[row], measured[CEILING]["bg_psnr"])
                 values[row].append({"success": right, **measured[row]})
             if len(shown) < sheet:

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 import evaluate
-import scenes
 from evaluation import world
 from evaluation.world import AE_SOURCE, CEILING, COPY, MODEL, ROWS, SHUFFLED
+from model.text import build_word_tokenizer
+from scenes import disparity, vocabulary
 
 
 class Oracle:
@@ -19,7 +20,7 @@ class Oracle:
     def __init__(self, level, split, scenes, seed, size):
         self.pairs = {pair.ref.tobytes(): pair for pair, _ in world.scene_stream(level, split, scenes, seed, size)}
         self.seeds = []
-        self.vggt = None
+        self.vggt, self.tokenizers = None, (build_word_tokenizer(vocabulary("plain")),) * 2
 
     def edit(self, images, instructions, seeds, **sampling):
         assert images.dtype == np.uint8 and len(images) == len(instructions) == len(seeds)
@@ -28,7 +29,7 @@ class Oracle:
         return np.stack([p.tgt if p.instruction == text else p.ref for p, text in zip(pairs, instructions)])
 
     def edit_and_depth(self, images, instructions, seeds, **sampling):
-        depths = [scenes.disparity(self.pairs[image.tobytes()].tgt_depth) for image in images]
+        depths = [disparity(self.pairs[image.tobytes()].tgt_depth) for image in images]
         grey = [np.repeat(np.rint(127.5 * d + 127.5).astype(np.uint8)[..., None], 3, -1) for d in depths]
         return self.edit(images, instructions, seeds, **sampling), np.stack(grey)
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from browser import LOW_CONTRAST, Browser, contrasts, needs_browser, problems, read
-from evaluation.study import CRITERIA, FORMAT, kendall_w, study, tally, tally_table, two_way_bootstrap
+from evaluation.metrics import bootstrap_two_ways
+from evaluation.study import CRITERIA, FORMAT, study
+from evaluation.tally import kendall_w, tally, tally_table
 from scenes import make_pair
 from test_pages import decode
 
@@ -173,12 +175,12 @@ def test_intervals():
     rng = np.random.default_rng(1)
     V, S = 40, 60
     voter, sample, rest = rng.normal(0, 0.6, (V, 1)), rng.normal(0, 0.9, (1, S)), rng.normal(0, 0.3, (V, S))
-    mean, low, high, count = two_way_bootstrap(3 + voter + sample + rest)
+    mean, low, high, count = bootstrap_two_ways(3 + voter + sample + rest)
     deviation = np.sqrt(voter.var() / V + sample.var() / S + 0.3**2 / (V * S))
     assert count == V * S and low < mean < high
     assert (high - low) / (2 * 1.96) == pytest.approx(deviation, rel=0.1)
     with_gaps = np.where(rng.uniform(size=(V, S)) < 0.5, np.nan, 3.0)
-    assert two_way_bootstrap(with_gaps)[:3] == (3, 3, 3) and two_way_bootstrap(with_gaps)[3] == np.isfinite(with_gaps).sum()
+    assert bootstrap_two_ways(with_gaps)[:3] == (3, 3, 3) and bootstrap_two_ways(with_gaps)[3] == np.isfinite(with_gaps).sum()
 
 
 def test_unfinished_votes_count_where_they_can(page, tmp_path):
