@@ -44,7 +44,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
     if v.is_cpu and v.dtype == torch.bfloat16 and torch.is_grad_enabled() and k.shape[2] <= 512 and mask is None:
         # torch's fused CPU backward is slow in bf16; short sequences afford the score matrix (3.5 x faster there)
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        out = scores.float().softmax(dim=-1).type_as(v) @ v
+        out = scores.softmax(dim=-1) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2)
