@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from model import lora
 from model.mmdit import MMDiT, MMDiTConfig, position_ids, rope_table
@@ -467,3 +468,23 @@ def test_alpha_is_one_finite_number_said_once(model, tmp_path):
     save_with(path, ONE | {alpha: torch.tensor(4.0)}, header)
     with pytest.raises(ValueError, match="Both `network_alphas` and `metadata`"):
         peer(model).load_lora_weights(path)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_the_low_rank_layer(bias):
+    """Against finite differences in fp64, with a scale that is not 1, inside and outside autocast."""
+    torch.manual_seed(0)
+    layer = lora.LoRALinear(nn.Linear(6, 5, bias=bias).double(), rank=3, alpha=2.0).double()
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    W = layer.base.weight + 2 / 3 * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer(x), x @ W.mT + (layer.base.bias if bias else 0))
+    assert torch.autograd.gradcheck(lambda x, A, B: torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, x),
+                                    (x, layer.lora_A, layer.lora_B))
+    layer, x = layer.float(), x.detach().float()  # the first layer's input needs no gradient
+    exact = torch.autograd.grad(layer(x).square().sum(), (layer.lora_A, layer.lora_B))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    for a, b in zip(torch.autograd.grad(y.float().square().sum(), (layer.lora_A, layer.lora_B)), exact):
+        assert a.dtype == torch.float32 and (a - b).abs().max() < 0.03 * b.abs().max()
