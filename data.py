@@ -135,7 +135,8 @@ def read_rows(path: str | Path, required: tuple[str, ...] = ("id", "ref")) -> li
             if not isinstance(value, KINDS.get(key, object)) or isinstance(value, bool) and key in KINDS:
                 raise ValueError(f"{where}: expected {JSON_NAMES[KINDS[key]]} as {key!r}, found {value!r}.")
         if missing := [key for key in ("id", *required) if not row.get(key)]:
-            raise ValueError(f"{where}: expected the key {missing[0]!r}, found only: {', '.join(row)}.")
+            found = "it empty" if missing[0] in row else f"only: {', '.join(row)}"
+            raise ValueError(f"{where}: expected the key {missing[0]!r}, found {found}.")
         if row["id"] in lines:
             raise ValueError(f"{where}: the id {row['id']!r} is that of line {lines[row['id']]} already; ids must differ.")
         lines[row["id"]] = n

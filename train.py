@@ -633,6 +633,6 @@ def overfit(preset: Preset, args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

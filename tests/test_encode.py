@@ -266,6 +266,24 @@ def test_rows_that_cannot_be_trained_on(rows, weights, tmp_path):
             triples(rows, weights, None)
 
 
+@pytest.mark.parametrize("file, content, words", [
+    ("2-ref.png", None, "Expected the ref of 2 at .*found no file"), ("2-tgt.png", None, "Expected the tgt of 2"),
+    ("2-depth_tgt.png", None, "Expected the depth_tgt of 2"), ("2-ref.png", b"no picture", "ref of 2, .*cannot be read"),
+    ("2-tgt.png", b"no picture", "2-tgt.png, found a file that cannot be read"), ("2-depth_tgt.png", b"no picture", "picture of depth at"),
+    ("2-depth_tgt.png", "RGB", "16-bit grey values .*found a picture of mode RGB"),
+])  # fmt: skip
+def test_missing_and_damaged_pictures(rows, weights, tmp_path, file, content, words):
+    path = rows.parent / "pictures" / file
+    path.unlink()
+    if content == "RGB":
+        Image.new("RGB", (48, 48)).save(path)
+    elif content:
+        path.write_bytes(content)
+    encode._digests.clear()
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
+        triples(rows, weights, tmp_path / "cache")
+
+
 def test_words_that_the_miniature_lacks(rows, weights):
     write_rows(rows, [row | {"instruction": "Move the armchair left of the red cube."} for row in read_rows(rows)])
     with pytest.raises(ValueError, match="does not know 1 words .*armchair"):

@@ -101,9 +101,15 @@ class FileTriples:
     def _inputs(self, path: Path, row: dict) -> dict[str, tuple]:
         """role -> (kind, what it is made of ...): all that an encoding depends on besides the networks."""
         ref, tgt, depth = (resolve(path, row, key) for key in ("ref", "tgt", "depth_tgt"))
-        with Image.open(ref) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF: on its side
-            width, height = image.size[::-1] if turned else image.size
+        for key, file in (("ref", ref), ("tgt", tgt), ("depth_tgt", depth)):
+            if file is not None and not file.is_file():
+                raise FileNotFoundError(f"Expected the {key} of {row['id']} at {file}, found no file; see python data.py check {path}.")
+        try:
+            with Image.open(ref) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF: on its side
+                width, height = image.size[::-1] if turned else image.size
+        except OSError as error:
+            raise ValueError(f"The ref of {row['id']}, {ref}, cannot be read as a picture ({error}); see python data.py check {path}.") from error
         size = working_size(height, width, self.preset.side**2, square=not self.preset.keep_aspect)
         found = {"text": ("text", row["instruction"]), "reference": ("latent", ref, size), "target": ("latent", tgt, size)}
         if "vggt" in self.sources:
@@ -136,7 +142,7 @@ class FileTriples:
             if meta:
                 disparity = torch.empty(1, *size, device="meta")
             elif exact:
-                disparity = torch.from_numpy(np.array(Image.open(exact), np.float32))[None].to(device) / 65535 * 2 - 1
+                disparity = torch.from_numpy(read_disparity(exact))[None].to(device)
             else:
                 disparity = depth_image(teacher, picture(path, size))
             return (depth_target(vae, disparity, math.isqrt(self.preset.connector.queries), self.gss),)
@@ -251,6 +257,18 @@ class FileTriples:
         if total > free:
             raise ValueError(f"The encodings take {human(total)} and {self.folder} has {human(free)} left. Give a --cache "
                              "on a larger disk, fewer rows, or --no-cache.")
+
+
+def read_disparity(path: Path) -> np.ndarray:
+    """A row's `depth_tgt`, 16 bits grey, as disparity (H, W) fp32 in [-1, 1], near = +1."""
+    try:
+        with Image.open(path) as image:
+            values = np.array(image, np.float32)
+    except OSError as error:
+        raise ValueError(f"Expected a picture of depth at {path}, found a file that cannot be read as one ({error}).") from error
+    if values.ndim != 2 or image.mode not in ("I;16", "I"):
+        raise ValueError(f"Expected 16-bit grey values (0 far, 65535 near) as depth_tgt in {path}, found a picture of mode {image.mode}.")
+    return values / 65535 * 2 - 1
 
 
 def human(size: int) -> str:
