@@ -19,6 +19,7 @@ A file of triples (or a benchmark) is a NAME.jsonl, one JSON object a line, path
     empty, depth_tgt     optional, rendered scenes: the scene without the object; exact disparity of tgt, 16 bits,
                          0..65535 from far to near
     object               optional {uid, category, description} of the moved object; objects: {label: words} of the masks
+    box_tgt              optional [left, top, right, bottom] in 0..1, y down: where the object should go, for photographs
     end_xy               optional [x, y] in 0..1, y down: where the object goes
     split, group, relation    optional strings, for tables
     source, checks       objects: where the row comes from; what was measured or decided on the way

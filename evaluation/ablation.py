@@ -23,7 +23,7 @@ from evaluation import metrics, pages, plot
 from evaluation.score import cell, markdown
 from evaluation.world import MODEL, evaluate
 from scenes import LEVELS, make_pair
-from spatialdiff import PRESETS, load
+from spatialdiff import PRESETS, Editor, choose_device, load
 
 ROOT = Path(__file__).parent.parent
 BASE, LORA, TOKENS, PIXELS, LATENTS = "base", "+ LoRA", "+ geometry tokens", "+ depth in pixels", "+ depth in latents"
@@ -127,15 +127,20 @@ def log_of(folder: Path) -> list[dict]:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
+def editor_of(plan: Plan, folder: Path | None) -> Editor:
+    """The base with what a training wrote into `folder`; None: the base itself."""
+    preset = PRESETS[plan.preset]
+    return load(preset, plan.base, folder, choose_device(preset, None, None)[0])
+
+
 def measure(plan: Plan, folder: Path | None, name: str, level: str, split: str, count: int, alter=None) -> dict:
     """{"scenes": metrics of every scene, "relations"} of one trained model (folder None: the base) on one level and split;
     read back if it was measured before."""
     kept = plan.output / "scores" / f"{name}-{level}-{split}-{count}.json"
     if not kept.is_file():
-        preset = PRESETS[plan.preset]
-        editor = load(preset, plan.base, folder, "cpu" if not torch.cuda.is_available() else "cuda")
+        editor = editor_of(plan, folder)
         sampling = {} if alter is None else {"alter_geometry": alter}
-        values, relations, _, _ = evaluate(editor, level, split, count, 0, preset.side, 32, 0, baselines=False, **sampling)
+        values, relations, _, _ = evaluate(editor, level, split, count, 0, editor.preset.side, 32, 0, baselines=False, **sampling)
         kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = kept.with_suffix(".tmp")
         fresh.write_text(json.dumps({"scenes": values[MODEL], "relations": relations}))
@@ -247,11 +252,10 @@ def curves(plan: Plan) -> list[plot.Curves]:
 
 def sheet(plan: Plan, count: int = 8) -> list[pages.Case]:
     """The first unseen scenes, edited by every arm of seed 0."""
-    preset = PRESETS[plan.preset]
-    pairs = [make_pair(0, plan.train_level, "unseen", preset.side, index=i, extras=False) for i in range(count)]
+    pairs = [make_pair(0, plan.train_level, "unseen", PRESETS[plan.preset].side, index=i, extras=False) for i in range(count)]
     pictures = [{"source": pair.ref} for pair in pairs]
     for arm in LADDER:
-        editor = load(preset, plan.base, None if arm == BASE else run_folder(plan, arm, 0), "cpu" if not torch.cuda.is_available() else "cuda")
+        editor = editor_of(plan, None if arm == BASE else run_folder(plan, arm, 0))
         edits = editor.edit(np.stack([pair.ref for pair in pairs]), [pair.instruction for pair in pairs], [pair.seed for pair in pairs])
         for found, edit in zip(pictures, edits):
             found[arm] = edit

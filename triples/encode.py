@@ -78,9 +78,6 @@ class FileTriples:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def grids(self) -> set[tuple[int, int]]:
-        return {inputs["target"][2] for inputs in self.inputs}
-
     def batch(self, indices: Tensor) -> Batch:
         """ValueError if the pictures differ in size."""
         samples = [{role: self._get(*given) for role, given in self.inputs[i].items()} for i in indices.tolist()]
