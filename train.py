@@ -329,16 +329,16 @@ def optimizers(task, params: dict[str, nn.Parameter], recipe: Recipe, amp: bool)
     return made
 
 
-def save_checkpoint(path: Path, step: int, facts: dict, params: dict, ema: dict, opts: list) -> None:
+def save_checkpoint(path: Path, step: int, seconds: float, facts: dict, params: dict, ema: dict, opts: list) -> None:
     tensors = {f"param.{n}": p for n, p in params.items()} | {f"ema.{n}": p for n, p in ema.items()}
     for o, optimizer in enumerate(opts):
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"opt.{o}.{i}.{key}": value for key, value in state.items()}
-    save_tensors(path, tensors, {"step": str(step), "facts": to_json(facts)})
+    save_tensors(path, tensors, {"step": str(step), "seconds": f"{seconds:.1f}", "facts": to_json(facts)})
 
 
-def load_checkpoint(path: Path, facts: dict, params: dict, ema: dict, opts: list) -> int:
-    """Restores everything, bit for bit; returns the steps done. ValueError if the run was started differently."""
+def load_checkpoint(path: Path, facts: dict, params: dict, ema: dict, opts: list) -> tuple[int, float]:
+    """Restores everything, bit for bit; returns the steps done and the seconds they took. ValueError if the run was started differently."""
     tensors, metadata = read_tensors(path)
     if metadata.get("facts") != to_json(facts):
         raise ValueError(
@@ -356,7 +356,7 @@ def load_checkpoint(path: Path, facts: dict, params: dict, ema: dict, opts: list
                 _, _, index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    return int(metadata["step"]), float(metadata["seconds"])
 
 
 @torch.no_grad()
@@ -373,11 +373,13 @@ def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace
     ema = {n: p.detach().clone() for n, p in params.items()} if recipe.ema else {}
     opts = optimizers(task, params, recipe, args.amp)
     checkpoint = out / "checkpoint.safetensors"
-    done = load_checkpoint(checkpoint, facts, params, ema, opts) if args.resume and checkpoint.is_file() else 0
+    resumed = args.resume and checkpoint.is_file()
+    done, before = load_checkpoint(checkpoint, facts, params, ema, opts) if resumed else (0, 0.0)
     out.mkdir(parents=True, exist_ok=True)
     log = open(out / "log.jsonl", "a" if done else "w")
     accumulate = recipe.batch // recipe.micro
     window, began = [], time.time()
+    seconds = lambda: before + time.time() - began
 
     for step in range(done, recipe.steps):
         for optimizer in opts:
@@ -401,15 +403,14 @@ def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace
         last = step + 1 == recipe.steps
         if (step + 1) % LOG_EVERY == 0 or last:
             means = {key: mean([w[key] for w in window if w.get(key) is not None]) for key in window[-1]}
-            seconds = time.time() - began
-            log.write(json.dumps({"step": step + 1, "seconds": round(seconds, 1), **means}) + "\n")
+            log.write(json.dumps({"step": step + 1, "seconds": round(seconds(), 1), **means}) + "\n")
             log.flush()
-            left = seconds / (step + 1 - done) * (recipe.steps - step - 1)
+            pace = (time.time() - began) / (step + 1 - done)
             shown = "  ".join(f"{key} {value:.4g}" for key, value in means.items() if value is not None and "<" not in key)
-            print(f"step {step + 1}/{recipe.steps}  {shown}  {seconds / (step + 1 - done):.2f} s/step  {left / 60:.1f} min left")
+            print(f"step {step + 1}/{recipe.steps}  {shown}  {pace:.2f} s/step  {pace * (recipe.steps - step - 1) / 60:.1f} min left")
             window = []
         if (step + 1) % args.save_every == 0 or last:
-            save_checkpoint(checkpoint, step + 1, facts, params, ema, opts)
+            save_checkpoint(checkpoint, step + 1, seconds(), facts, params, ema, opts)
             swap(params, ema)
             task.modules.eval()
             save_png(out / f"sheet-{step + 1:06}.png", side_by_side(task.sheet()))
@@ -447,9 +448,9 @@ def parse() -> argparse.Namespace:
     data = parser.add_argument_group("data").add_argument
     data("--data", default="scenes", metavar="FILE.jsonl", help="triples (see data.py); default: the rendered world")
     data("--no-cache", action="store_true", help="triples of a file: encode every batch anew; the encoders stay in memory")
-    data("--level", default="plain", choices=scenes.LEVELS, help="difficulty of the rendered scenes")
-    data("--move-shards", type=int, metavar="N", help="stage base: moves from the first N files only, to leave stage 2 some to learn")
-    data("--shards", type=int, default=32, help=f"rendered files of {SHARD} scenes (default 32)")
+    data("--level", nargs="+", default=["plain"], choices=scenes.LEVELS, help="difficulty of the rendered scenes, one or several")
+    data("--move-shards", type=int, metavar="N", help="stage base: moves from the first N files of each level only, to leave stage 2 some to learn")
+    data("--shards", type=int, default=32, help=f"rendered files of {SHARD} scenes, of each level (default 32)")
     loop = parser.add_argument_group("optimisation").add_argument
     loop("--steps", type=int, help="optimiser steps (default: the recipe's)")
     loop("--batch", type=int, help="samples an optimiser step")
@@ -488,10 +489,11 @@ def init_base(mmdit: MMDiT) -> None:
             nn.init.xavier_uniform_(p)
 
 
-def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path, level: str) -> Editor:
+def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path, levels: list[str]) -> Editor:
     """Fresh text encoders and a fresh MMDiT around an autoencoder; writes the word-level tokenizer to `folder`. It knows
-    the words of the level alone, so that a word never seen in training is refused."""
-    build_word_tokenizer(scenes.vocabulary(level)).save(str(folder / "tokenizer.json"))
+    the words of the levels alone, so that a word never seen in training is refused."""
+    words = {word for level in levels for word in scenes.vocabulary(level)}
+    build_word_tokenizer(sorted(words)).save(str(folder / "tokenizer.json"))
     device = vae.encoder.conv_in.weight.device
     model = SpatialDiff(preset).to(device)
     init_base(model.mmdit)
@@ -563,7 +565,7 @@ def main() -> None:
         task = make_task(preset, part, args)
         facts_at_start(task, recipe, args)
         facts = {"part": part, "preset": str(preset), "recipe": str(recipe), "samples": task.count}
-        facts |= {name: getattr(args, name) for name in ("seed", "level", "gss", "ism")}
+        facts |= {"level": " ".join(args.level)} | {name: getattr(args, name) for name in ("seed", "gss", "ism")}
         if args.data != "scenes":
             facts["data"] = digest(Path(args.data))
         train(task, recipe, args.output / part if args.stage == "base" else args.output, facts, args)
@@ -579,7 +581,8 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
     elif part in "12":
         sources = stage_sources(preset, args)
     if args.data == "scenes":
-        shards = scene_shards(World(args.level, preset.side, shards=args.shards), args.cache)
+        of_levels = [scene_shards(World(level, preset.side, shards=args.shards), args.cache) for level in args.level]
+        shards = [shard for group in zip(*of_levels) for shard in group]  # the levels take turns
         if part == "vae":
             return VAETask(preset, shards[:24], args.device)
         if part == "vggt":
@@ -589,11 +592,12 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
             vggt = load_part(preset, sources["vggt"], args.device, args.dtype) if args.ism else None
             model = stage_model(preset, sources, args)
             editor = Editor(preset, vae, t5, clip, vggt, load_tokenizers(preset, args.weights), model, sources)
-        kinds = ("move",) if part in "12" else ("move", *scenes.other_kinds(args.level))
+        kinds = ("move",) if part in "12" else ("move", *scenes.OTHER_WORDINGS)
         hashes = {name: sources[name].digest()[:8] for name in ("vae", "vggt") if name in sources}
-        move_shards = args.move_shards if part == "mmdit" else None
+        move_shards = args.move_shards * len(args.level) if part == "mmdit" and args.move_shards else None
         triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes, move_shards)
-        watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level, "seen", preset.side, extras=False) for i in range(8)]
+        watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level[i % len(args.level)], "seen", preset.side, extras=False)
+                 for i in range(8)]
     else:
         path, cache = Path(args.data), args.cache / Path(args.data).stem
         triples = FileTriples(path, preset, sources, args.weights, args.gss, args.device, args.dtype, None if args.no_cache else cache)
@@ -607,7 +611,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
 
 def overfit(preset: Preset, args: argparse.Namespace) -> None:
     """Trains everything on one rendered pair until sampling returns its target; exits with 1 if it does not."""
-    pair = scenes.make_pair(args.seed, args.level, "seen", preset.side, extras=False)
+    pair = scenes.make_pair(args.seed, args.level[0], "seen", preset.side, extras=False)
     args.output.mkdir(parents=True, exist_ok=True)
     editor = fresh_editor(preset, build(preset, "vae", args.device), args.output, args.level)
     editor.vggt = build(preset, "vggt", args.device).eval()

@@ -16,7 +16,7 @@ from evaluation import ablation as A
 from evaluation.plot import Curves, curves_html
 from test_train import tiny  # noqa: F401  weights
 
-PLAN = A.Plan(Path("base"), Path("out"), "plain", ("plain",), 2, 8, 4, 4, 6, 4, 1, Path("cache"), "tiny")
+PLAN = A.Plan(Path("base"), Path("out"), "plain", ("plain",), 2, 8, 4, 4, 6, 4, 1, Path("cache"), 1, False, "tiny")
 
 
 def test_arms_differ_in_one_thing():
@@ -73,7 +73,7 @@ def test_careless_options(options, words, tmp_path):
 @pytest.mark.slow
 def test_the_whole_ladder_and_what_is_done_again(tiny, tmp_path):  # noqa: F811
     command = [sys.executable, "evaluate.py", "ablation", "--base", tiny / "weights", "--preset", "tiny", "--level", "plain", "--levels", "plain",
-               "--seeds", 2, "--steps", 8, "--stage1-steps", 4, "--batch", 4, "--scenes", 4, "--curve-scenes", 3, "--shards", 1,
+               "--seeds", 2, "--steps", 8, "--stage1-steps", 4, "--batch", 4, "--scenes", 4, "--curve-scenes", 3, "--shards", 1, "--jobs", 2,
                "--cache", tmp_path / "cache", "--output", tmp_path / "out"]  # fmt: skip
 
     def run():
@@ -89,7 +89,7 @@ def test_the_whole_ladder_and_what_is_done_again(tiny, tmp_path):  # noqa: F811
     kept = {path: path.read_bytes() for path in (tmp_path / "out/scores").iterdir()}
     lost = tmp_path / "out/seed1/depth_in_latents"
     (lost / "done.json").unlink()
-    next(path for path in kept if path.name.startswith("depth_in_latents-1-plain-seen-4")).unlink()
+    next(path for path in kept if path.name == "depth_in_latents-1-plain-seen-4.json").unlink()
     again = run()
     assert again.count(": stage 2") == 1 and "0.0 h" in again  # from its last checkpoint: nothing is left to train
     assert (tmp_path / "out/ablation.md").read_text().split("this run")[0] == text.split("this run")[0]

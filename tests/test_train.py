@@ -22,7 +22,7 @@ from data import save_png, write_rows
 from model.text import CLIPText, T5Encoder, build_word_tokenizer
 from model.vae import AutoEncoder
 from model.vggt import VGGT
-from model.weights import save_tensors
+from model.weights import read_tensors, save_tensors
 from spatialdiff import PRESETS, build
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +148,23 @@ def test_careless_triples(tiny, tmp_path):
     assert "made with vae" in on_files(tiny, tmp_path, "--stage", "2", "--weights", other, code=2)
     assert "found none" in on_files(tiny, tmp_path, "--stage", "2", "--data", tmp_path / "none.jsonl", code=2)
     assert "rendered world" in run("--stage", "base", "--data", tiny / "rows.jsonl", code=2)
+
+
+@pytest.mark.slow
+def test_base_of_two_levels(tmp_path):
+    """Every part runs; moves come from the first file of each level only; both vocabularies are known; time adds up over resuming."""
+    common = ["--stage", "base", "--preset", "tiny", "--level", "plain", "deep", "--shards", 2, "--move-shards", 1, "--steps", 4, "--batch", 4,
+              "--cache", tmp_path / "cache", "--output", tmp_path / "out"]  # fmt: skip
+    text = run(*common)
+    assert text.count("data         4000 samples") == 2  # pictures, for the autoencoder and VGGT
+    assert "data         2000 samples" in text  # 4 x 250 other edits, 2 x 500 moves
+    words = json.loads((tmp_path / "out/tokenizer.json").read_text())["model"]["vocab"]
+    assert {*scenes.vocabulary("plain"), *scenes.vocabulary("deep")} <= set(words)
+    checkpoint = tmp_path / "out/mmdit/checkpoint.safetensors"
+    tensors, metadata = read_tensors(checkpoint)
+    save_tensors(checkpoint, tensors, {**metadata, "step": "3", "seconds": "1000.0"})
+    run(*common, "--part", "mmdit", "--resume")
+    assert 1000 < json.loads((tmp_path / "out/mmdit/log.jsonl").read_text().splitlines()[-1])["seconds"] < 1100
 
 
 @pytest.mark.slow
