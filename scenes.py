@@ -11,8 +11,9 @@ Ground coordinates are aligned with the camera: a to the right, b away from it, 
 the width of an object. Pictures are (H, W, 3) uint8, depth is z-depth along the optical axis.
 
 Levels: plain (five shapes, bare floor), textured (thirteen shapes, patterns), hard (4 to 7 objects; moves go far in depth or
-occlude), deep (hard, and a pixel's place does not tell its depth: pitch, roll, field of view and the size of objects vary,
-things stand on others, some relations are about depth; distances to the camera are on the ground, to the point below it).
+occlude), deep (as plain to look at, as hard to lay out, and a pixel's place does not tell its depth: pitch, roll, field of
+view and the size of objects vary, things stand on others, some relations are about depth; distances to the camera are on the
+ground, to the point below it).
 """
 
 import argparse
@@ -30,7 +31,7 @@ from renderer import (COLOURS, FINISHES, FLOORS, Camera, Floor, Light, Scene, Th
 SHAPES = ("cube", "sphere", "cylinder", "cone", "pyramid")
 COMPOUNDS = ("mushroom", "house", "table", "tree", "bottle", "snowman", "lamp", "car")
 STANDS = ("block", "plinth", "pillar")  # level deep: what things stand on
-TOPS = {"block": 0.77, "plinth": 0.77, "pillar": 0.8, "cube": 0.76, "cylinder": 0.8, "table": 0.62}  # inner radius / size
+TOPS = {"block": 0.77, "plinth": 0.77, "pillar": 0.8, "cube": 0.76, "cylinder": 0.8}  # inner radius / size
 CORNERS = {"near left corner": (-1.5, -1.5), "near right corner": (1.5, -1.5),
            "far left corner": (-1.7, 2.2), "far right corner": (1.7, 2.2)}
 RELATIONS = ("left", "right", "front", "behind", "between", "next to", "closer", "farther", *CORNERS)
@@ -75,7 +76,7 @@ def relations(level: str) -> tuple[str, ...]:
 
 
 def shapes(level: str) -> tuple[str, ...]:
-    return {"plain": SHAPES, "deep": SHAPES + COMPOUNDS + STANDS}.get(level, SHAPES + COMPOUNDS)
+    return {"plain": SHAPES, "deep": (*SHAPES, "car", *STANDS)}.get(level, SHAPES + COMPOUNDS)
 
 
 def other_kinds(level: str) -> tuple[str, ...]:
@@ -104,12 +105,12 @@ def vocabulary(level: str) -> tuple[str, ...]:
     return tuple(sorted(set(words_of(text)) - fields))
 
 
-VOCABULARY = vocabulary("hard")  # of all levels but deep
+VOCABULARY = vocabulary("hard")  # of all levels but deep, which speaks of fewer objects and more relations
 
 
 def known_words(words: Iterable[str] = VOCABULARY) -> str:
     """What instructions may speak of, for an error message; of the objects and colours, those in `words`."""
-    objects, colours = ([w for w in group if w in words] for group in (shapes("deep"), COLOURS))
+    objects, colours = ([w for w in group if w in words] for group in (SHAPES + COMPOUNDS + STANDS, COLOURS))
     known = relations("deep" if set(vocabulary("deep")) <= set(words) else "plain")
     return f"objects: {', '.join(objects)}; colours: {', '.join(colours)}; relations: {', '.join(known)}"
 
@@ -261,7 +262,7 @@ def well_seen(scene: Scene, level: str, important: Iterable[int] = ()) -> bool:
 # Ranges of camera height, distance and field of view, light azimuth, elevation and strength, brightness of the floor.
 PLAIN = ((5.2, 6.3), (6.6, 7.4), (34, 36.5), (1.95, 4.1), (0.85, 1.1), (0.9, 1.1), (0.58, 0.76))
 VARIED = ((4.6, 6.6), (7.0, 7.8), (35, 38), (0, 2 * math.pi), (0.75, 1.15), (0.85, 1.15), (0.5, 0.8))
-COUNTS = {"plain": (2, 4), "textured": (2, 5), "hard": (4, 7), "deep": (4, 7)}  # objects
+COUNTS = {"plain": (2, 4), "textured": (2, 5), "hard": (4, 7), "deep": (3, 5)}  # objects
 
 
 def draw_scene(rng, level: str, pair: tuple[str, str] | None = None, least: int = 2) -> Scene:
@@ -271,7 +272,7 @@ def draw_scene(rng, level: str, pair: tuple[str, str] | None = None, least: int 
     tint = 0.025 if plain else 0.09
     colour = tuple(round(float(c), 3) for c in tone + rng.uniform(-tint, tint, 3))
     floor = Floor("plain", colour, colour)
-    if not plain:
+    if level not in ("plain", "deep"):
         darker = rng.uniform(0.5, 0.8)
         second = tuple(round(darker * c, 3) for c in colour)
         floor = Floor(str(rng.choice(list(FLOORS))), colour, second, rng.uniform(0.7, 1.2), rng.uniform(0, math.pi))
@@ -315,8 +316,8 @@ def draw_deep(rng, light: Light, floor: Floor, count: int, pair: tuple[str, str]
         camera = Camera(aim + away * math.sin(pitch), away * math.cos(pitch), fov, aim, roll)
         scene, far_is_big = Scene(camera, light, floor, (), wide=True), rng.uniform() < 0.5
         names = [pair] if pair else []
-        for stand in [True] * int(rng.integers(1, 4)) + [False] * 99:
-            name = str(rng.choice(list(COLOURS))), str(rng.choice(STANDS if stand else SHAPES + COMPOUNDS))
+        for stand in [True] * int(rng.integers(1, 3)) + [False] * 99:
+            name = str(rng.choice(list(COLOURS))), str(rng.choice(STANDS if stand else (*SHAPES, "car")))
             if len(names) < count and name not in HELD_OUT and name not in names:
                 names.append(name)
         for colour, shape in sorted(names, key=lambda name: name[1] not in STANDS):
@@ -328,7 +329,7 @@ def draw_deep(rng, light: Light, floor: Floor, count: int, pair: tuple[str, str]
                     a = other.a / (other.b + camera.distance) * (b + camera.distance) + rng.uniform(-0.4, 0.4)
                 share = min(max((v + 0.85) / 1.55 + rng.uniform(-0.2, 0.2), 0), 1) if far_is_big else rng.uniform()
                 size = 0.65 + 0.3 * share if stand else 0.34 * 2.5 ** share
-                thing = Thing(shape, colour, size, a, b, rng.uniform(0, 2 * math.pi), str(rng.choice(FINISHES)))
+                thing = Thing(shape, colour, size, a, b, rng.uniform(0, 2 * math.pi))
                 below = [t for i, t in enumerate(scene.objects) if can_carry(t, thing) and not carries(scene.objects, i)]
                 if below and not stand and rng.uniform() < 0.75:
                     support = below[rng.integers(len(below))]
