@@ -340,11 +340,10 @@ def save_checkpoint(path: Path, step: int, seconds: float, facts: dict, params: 
 def load_checkpoint(path: Path, facts: dict, params: dict, ema: dict, opts: list) -> tuple[int, float]:
     """Restores everything, bit for bit; returns the steps done and the seconds they took. ValueError if the run was started differently."""
     tensors, metadata = read_tensors(path)
-    if metadata.get("facts") != to_json(facts):
-        raise ValueError(
-            f"{path} belongs to another run ({metadata.get('facts')}), this one is {to_json(facts)}. "
-            "Give the same options, or another --output."
-        )
+    then, now = json.loads(metadata.get("facts", "{}")), json.loads(to_json(facts))
+    if then != now:
+        differing = ", ".join(sorted(key for key in then | now if then.get(key) != now.get(key)))
+        raise ValueError(f"{path} belongs to another run: it differs in {differing}. Give the same options, or another --output.")
     with torch.no_grad():
         for prefix, group in (("param", params), ("ema", ema)):
             for name, tensor in group.items():
@@ -376,7 +375,9 @@ def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace
     resumed = args.resume and checkpoint.is_file()
     done, before = load_checkpoint(checkpoint, facts, params, ema, opts) if resumed else (0, 0.0)
     out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "a" if done else "w")
+    kept = [line for line in (out / "log.jsonl").read_text().splitlines(True) if json.loads(line)["step"] <= done] if done else []
+    log = open(out / "log.jsonl", "w")  # what was logged after the checkpoint is done again
+    log.writelines(kept)
     accumulate = recipe.batch // recipe.micro
     window, began = [], time.time()
     seconds = lambda: before + time.time() - began
