@@ -355,7 +355,7 @@ def load_checkpoint(path: Path, facts: dict, params: dict, ema: dict, opts: list
                 _, _, index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"]), float(metadata["seconds"])
+    return int(metadata["step"]), float(metadata.get("seconds", 0))
 
 
 @torch.no_grad()
