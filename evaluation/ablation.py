@@ -5,7 +5,9 @@ Every arm starts from one base and sees the same samples, noise and times in the
 paired. Besides: the weight of the latent depth loss on one seed, and the last arm with its geometry tokens set to zero or
 taken from another picture, to see whether they are used.
 
-Everything is kept in the output folder and found again: a killed run goes on with the same command.
+One seed after the other is trained and measured. What the tables need, the scores of every scene and the logs, is kept in
+the folder of results, which is small and need not stay beside the trained weights: the same command goes on from it,
+trains what has not been measured and writes the tables anew. A killed run loses nothing but the steps after a checkpoint.
 """
 
 import argparse
@@ -15,19 +17,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data import open_image, save_png, side_by_side
 from evaluation import metrics, pages, plot
 from evaluation.score import cell, markdown
 from evaluation.world import MODEL, evaluate
-from scenes import LEVELS, make_pair
-from spatialdiff import PRESETS, Editor, choose_device, load
+from model.text import unknown_words
+from scenes import LEVELS, make_pair, vocabulary
+from spatialdiff import PRESETS, choose_device, find_frozen, load, load_tokenizers
+from triples.world import World
 
 ROOT = Path(__file__).parent.parent
 BASE, LORA, TOKENS, PIXELS, LATENTS = "base", "+ LoRA", "+ geometry tokens", "+ depth in pixels", "+ depth in latents"
@@ -43,13 +47,37 @@ ALTERED = {"geometry of zeros": torch.zeros_like, "geometry of another picture":
 SHOWN = ("success", "effect_iou", "centroid_err", "ghost", "arrival", "bg_psnr", "obj_psnr_shift", "retrieval", "order",
          "depth_rmse", "depth_order", "depth_order_new")
 LESS_IS_BETTER = ("centroid_err", "ghost", "depth_rmse")
+SHEET = 8  # scenes
+DONE = "done"  # a file in the folder of a finished training
+
+
+@dataclass(frozen=True)
+class Training:
+    name: str
+    seed: int
+    stage: int
+    steps: int
+    options: tuple[str, ...] = ()
+    start: "Training | None" = None  # stage 1, whose Connector it takes
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured: `training` at its end or after `step` steps, or the base (None)."""
+
+    name: str
+    training: Training | None
+    where: tuple[tuple[str, str, int], ...]  # level, split, scenes
+    step: int | None = None
+    altered: str | None = None  # what is done to the geometry tokens
 
 
 @dataclass(frozen=True)
 class Plan:
     base: Path  # folder of the frozen networks
-    output: Path
-    train_level: str
+    output: Path  # of the trainings
+    results: Path  # scores and logs
+    level: str  # of the training
     levels: tuple[str, ...]  # to measure on
     seeds: int
     steps: int  # of stage 2
@@ -77,8 +105,17 @@ class Plan:
     def threads(self) -> int:
         return max(1, os.cpu_count() // self.jobs)
 
+    @property
+    def main(self) -> tuple[str, str, int]:
+        """Where the smaller tables are measured."""
+        return self.level, "unseen", self.scenes
 
-# ---- training -------------------------------------------------------------------------------------------------------
+    @property
+    def curve(self) -> tuple[str, str, int]:
+        return self.level, "seen", self.curve_scenes
+
+
+# ---- what is trained and measured -----------------------------------------------------------------------------------
 
 
 def name_of(arm: str) -> str:
@@ -91,113 +128,164 @@ def weighted(plan: Plan, weight: float) -> str:
     return known.get(weight, f"{name_of(LATENTS)}_{weight:g}")
 
 
-def run_folder(plan: Plan, arm: str, seed: int) -> Path:
-    return plan.output / f"seed{seed}" / name_of(arm)
+def trainings(plan: Plan, seed: int) -> dict[str, Training]:
+    """Of one seed, by name: stage 1 and the arms; of the first also the other weights."""
+    start = Training(f"stage1-{seed}", seed, 1, plan.stage1_steps)
+    found = [start, *(Training(f"{name_of(arm)}-{seed}", seed, 2, plan.steps, ("--keep", *options), None if arm == LORA else start)
+                      for arm, options in ARMS.items())]  # fmt: skip
+    known = {training.name for training in found}
+    for name, weight in ((f"{weighted(plan, weight)}-0", weight) for weight in WEIGHTS if seed == 0):
+        if name not in known:
+            found.append(Training(name, 0, 2, plan.steps, (*ARMS[LATENTS], "--lambda", str(weight)), start))
+    return {training.name: training for training in found}
 
 
-def train(plan: Plan, folder: Path, seed: int, stage: int, steps: int, *options: str) -> None:
-    """One training, from where it stopped if it did; nothing if it is done."""
-    done = folder / "done.json"
-    if done.is_file():
-        return
+def models(plan: Plan, seed: int) -> list[Model]:
+    """What is measured of one seed; of the first also the base."""
+    everywhere = tuple((level, split, plan.scenes) for level in plan.levels for split in ("seen", "unseen"))
+    found = [Model(BASE, None, (*everywhere, plan.curve))] if seed == 0 else []
+    for name, training in trainings(plan, seed).items():
+        if "--keep" in training.options:
+            found.append(Model(name, training, everywhere))
+            found += [Model(f"{name}-step{step}", training, (plan.curve,), step) for step in plan.points]
+        elif training.stage == 2:
+            found.append(Model(name, training, (plan.main,)))
+        if name == f"{name_of(LATENTS)}-{seed}":
+            found += [Model(f"{name}-{what.replace(' ', '_')}", training, (plan.main,), altered=what) for what in ALTERED]
+    return found
+
+
+def score_file(plan: Plan, name: str, where: tuple[str, str, int]) -> Path:
+    level, split, count = where
+    return plan.results / "scores" / f"{name}-{level}-{split}-{count}.json"
+
+
+def to_measure(plan: Plan, seed: int) -> dict[tuple[str, str, int], list[Model]]:
+    """By where: what has no scores there yet."""
+    found: dict[tuple, list[Model]] = {}
+    for model in models(plan, seed):
+        for where in model.where:
+            if not score_file(plan, model.name, where).is_file():
+                found.setdefault(where, []).append(model)
+    return found
+
+
+def to_train(plan: Plan, seed: int) -> list[Training]:
+    """What the measurements still to do need and is not there, in order."""
+    needed = {model.training for group in to_measure(plan, seed).values() for model in group} - {None}
+    undone = {training for training in needed if not (plan.output / training.name / DONE).is_file()}
+    undone |= {training.start for training in undone if training.start and not (plan.output / training.start.name / DONE).is_file()}
+    return [training for training in trainings(plan, seed).values() if training in undone]
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def train(plan: Plan, training: Training, after: Future | None = None, probe: int = 0) -> None:
+    """One training, from where it stopped if it did. after: that of its start, if it is under way. probe: steps of a trial
+    in a folder of its own, its log's last line tells the seconds."""
+    if after:
+        after.result()
+    folder = plan.output / ("probe" if probe else "") / training.name
     command = [
-        sys.executable, ROOT / "train.py", "--preset", plan.preset, "--weights", plan.base, "--stage", stage, "--level", plan.train_level,
-        "--shards", plan.shards, "--cache", plan.cache, "--seed", seed, "--steps", steps, "--batch", plan.batch, "--output", folder,
-        "--save-every", plan.every, "--resume", *options, *("--compile",) * plan.compile,
+        sys.executable, ROOT / "train.py", "--preset", plan.preset, "--weights", plan.base, "--stage", training.stage, "--level", plan.level,
+        "--shards", plan.shards, "--cache", plan.cache, "--seed", training.seed, "--steps", probe or training.steps, "--batch", plan.batch,
+        "--output", folder, "--save-every", plan.every, "--resume", *training.options,
     ]  # fmt: skip
-    print(f"\n{folder}: stage {stage}, seed {seed}", flush=True)
+    if training.start:
+        command += ["--checkpoint", folder.parent / training.start.name]
+    if plan.compile and not probe:  # a probe would measure the compiler
+        command.append("--compile")
+    print(f"{folder}: stage {training.stage}, seed {training.seed}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as output:
         environment = os.environ | {"OMP_NUM_THREADS": str(plan.threads)}
         failed = subprocess.run([str(x) for x in command], env=environment, stdout=output, stderr=output).returncode
     if failed:
         raise ValueError(f"The training of {folder} failed, see {folder}/output.txt; the same command goes on from its last checkpoint.")
-    done.write_text("{}")
+    if not probe:
+        log = [line | {"core_seconds": line["seconds"] * plan.threads} for line in log_of(folder / "log.jsonl")]
+        keep(log_file(plan, training.name), "".join(json.dumps(line) + "\n" for line in log))
+        (folder / DONE).touch()
 
 
-def train_all(plan: Plan) -> None:
-    """Stage 1 of all seeds, then what starts from it."""
-    first, rest = ([job for job in trainings(plan) if (job[2] == 1) == early] for early in (True, False))
-    for jobs in (first, rest):
-        with ThreadPoolExecutor(plan.jobs) as pool:
-            list(pool.map(lambda job: train(plan, *job[:4], *job[4]), jobs))
-
-
-def trainings(plan: Plan) -> list[tuple[Path, int, int, int, tuple[str, ...]]]:
-    """(folder, seed, stage, steps, options) of every training, in order."""
-    jobs = []
-    for seed in range(plan.seeds):
-        stage1 = plan.output / f"seed{seed}" / "stage1"
-        jobs.append((stage1, seed, 1, plan.stage1_steps, ()))
-        jobs += [(run_folder(plan, arm, seed), seed, 2, plan.steps, ("--checkpoint", str(stage1), "--keep", *options))
-                 for arm, options in ARMS.items()]
-    for weight in WEIGHTS:
-        folder = plan.output / "seed0" / weighted(plan, weight)
-        options = ("--checkpoint", str(plan.output / "seed0" / "stage1"), *ARMS[LATENTS], "--lambda", str(weight))
-        if folder not in [job[0] for job in jobs]:
-            jobs.append((folder, 0, 2, plan.steps, options))
-    return jobs
+def train_all(plan: Plan, todo: list[Training]) -> None:
+    """`plan.jobs` at once; an arm waits for its seed's stage 1."""
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        started: dict[Training, Future] = {}
+        for training in todo:
+            started[training] = pool.submit(train, plan, training, started.get(training.start))
+        for future in started.values():
+            future.result()
 
 
 def estimate(plan: Plan) -> float:
     """Seconds of all trainings that are still to do, from a few steps of each kind; these also make the encodings, so that
     trainings side by side find them."""
-    jobs = [job for job in trainings(plan) if not (job[0] / "done.json").is_file()]
-    if not jobs:
-        return 0.0
-    seconds, probe = {}, plan.output / "probe"
-    eager = replace(plan, compile=False)  # six steps would measure the compiler
-    for name, stage, options in (("stage1", 1, ()), *((arm, 2, options) for arm, options in ARMS.items())):
-        train(eager, probe / name_of(name), 0, stage, 6, "--checkpoint", str(probe / "stage1"), *options)
-        seconds[options] = log_of(probe / name_of(name))[-1]["seconds"] / 6
-    kind = lambda options: next(known for known in seconds if known and set(known) <= set(options))
-    return sum(steps * seconds[() if stage == 1 else kind(options)] for _, _, stage, steps, options in jobs) / plan.jobs
+    todo, seconds = [training for seed in range(plan.seeds) for training in to_train(plan, seed)], {}
+    for training in trainings(plan, 0).values() if todo else ():
+        if "--lambda" not in training.options:
+            train(plan, training, probe=6)
+            seconds[training.name] = log_of(plan.output / "probe" / training.name / "log.jsonl")[-1]["seconds"] / 6
+    kind = lambda training: seconds.get(f"{training.name.rsplit('-', 1)[0]}-0", seconds[f"{name_of(LATENTS)}-0"])
+    return sum(training.steps * kind(training) for training in todo) / plan.jobs
 
 
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def log_file(plan: Plan, name: str) -> Path:
+    return plan.results / "logs" / f"{name}.jsonl"
+
+
+def log_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def keep(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(text)
+    fresh.rename(path)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def editor_of(plan: Plan, folder: Path | None) -> Editor:
-    """The base with what a training wrote into `folder`; None: the base itself."""
+def measure(plan: Plan, model: Model, where: tuple[str, str, int]) -> None:
+    """Edits the scenes and keeps what was measured: {"metrics": {name: [of each scene, None where it does not apply]},
+    "relations"}; on a sheet, the first edits."""
+    folder = None
+    if model.training:
+        folder = plan.output / model.training.name / (f"step-{model.step:06}" if model.step else "")
     preset = PRESETS[plan.preset]
-    return load(preset, plan.base, folder, choose_device(preset, None, None)[0])
+    editor = load(preset, plan.base, folder, choose_device(preset, None, None)[0])
+    sampling = {"alter_geometry": ALTERED[model.altered]} if model.altered else {}
+    level, split, count = where
+    values, relations, _, shown = evaluate(editor, level, split, count, 0, preset.side, 32, SHEET, baselines=False, **sampling)
+    rounded = lambda value: value if value is None or not np.isfinite(value) else float(f"{value:.4g}")
+    columns = {metric: [rounded(scene.get(metric)) for scene in values[MODEL]] for metric in SHOWN}
+    if where == plan.main and model.name in (BASE, *(f"{name_of(arm)}-0" for arm in ARMS)):
+        save_png(sheet_file(plan, model.name), side_by_side([edit for _, edit, _ in shown], 0))
+    keep(score_file(plan, model.name, where), json.dumps({"metrics": columns, "relations": relations}, separators=(",", ":")))
 
 
-def models(plan: Plan) -> dict[str, tuple[Path | None, Callable | None]]:
-    """Everything that is measured: name -> its folder (None: the base) and what is done to the geometry tokens."""
-    found = {BASE: (None, None)}
-    for seed in range(plan.seeds):
-        for arm in ARMS:
-            folder = run_folder(plan, arm, seed)
-            found[f"{name_of(arm)}-{seed}"] = folder, None
-            found |= {f"{name_of(arm)}-{seed}-step{step}": (folder / f"step-{step:06}", None) for step in plan.points}
-        found |= {f"{name_of(LATENTS)}-{seed}-{what}": (folder, alter) for what, alter in ALTERED.items()}  # of the last arm
-    return found | {f"{weighted(plan, weight)}-0": (plan.output / "seed0" / weighted(plan, weight), None) for weight in WEIGHTS}
+def measure_group(group: tuple[Plan, tuple, list[Model]]) -> None:
+    plan, where, chosen = group
+    torch.set_num_threads(plan.threads)
+    for model in chosen:
+        measure(plan, model, where)
 
 
-def measure(plan: Plan, name: str, level: str, split: str, count: int) -> dict:
-    """{"scenes": metrics of every scene, "relations"} of one of `models` on one level and split; read back if it was
-    measured before."""
-    kept = plan.output / "scores" / f"{name.replace(' ', '_')}-{level}-{split}-{count}.json"
-    if not kept.is_file():
-        folder, alter = models(plan)[name]
-        editor = editor_of(plan, folder)
-        sampling = {} if alter is None else {"alter_geometry": alter}
-        values, relations, _, _ = evaluate(editor, level, split, count, 0, editor.preset.side, 32, 0, baselines=False, **sampling)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(".tmp")
-        fresh.write_text(json.dumps({"scenes": values[MODEL], "relations": relations}))
-        fresh.rename(kept)
-    return json.loads(kept.read_text())
+def measure_all(plan: Plan, seed: int) -> None:
+    """Each process measures all models of the seed on the same scenes, which are rendered once."""
+    groups = sorted(((plan, *group) for group in to_measure(plan, seed).items()), key=lambda group: -len(group[2]) * group[1][2])
+    with multiprocessing.get_context("spawn").Pool(plan.jobs) as pool:
+        for _ in pool.imap_unordered(measure_group, groups, chunksize=1):
+            pass
 
 
 def column(found: dict, metric: str) -> np.ndarray:
     """(N,): nan where the metric does not apply."""
-    return np.array([scene.get(metric, np.nan) for scene in found["scenes"]], float)
+    return np.array(found["metrics"].get(metric, [None] * len(found["relations"])), float)
 
 
 def as_cell(values: np.ndarray) -> dict | None:
@@ -208,51 +296,56 @@ def as_cell(values: np.ndarray) -> dict | None:
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-def measure_group(group: tuple[Plan, str, str, int, list[str]]) -> None:
-    plan, level, split, count, names = group
-    torch.set_num_threads(plan.threads)
-    for name in names:
-        measure(plan, name, level, split, count)
-
-
-def measure_all(plan: Plan) -> None:
-    """Each process measures all models on the same scenes, which are rendered once."""
-    trained = [BASE, *(f"{name_of(arm)}-{seed}" for seed in range(plan.seeds) for arm in ARMS)]
-    rest = [name for name in models(plan) if name not in trained and "-step" not in name]
-    groups = [(plan, level, split, plan.scenes, trained + rest * ((level, split) == (plan.train_level, "unseen")))
-              for level in (plan.train_level, *plan.levels) for split in ("unseen", "seen")]
-    groups.insert(2, (plan, plan.train_level, "seen", plan.curve_scenes, [BASE, *(name for name in models(plan) if "-step" in name)]))
-    with multiprocessing.get_context("spawn").Pool(plan.jobs) as pool:
-        for _ in pool.imap_unordered(measure_group, dict((group[1:4], group) for group in groups).values(), chunksize=1):
-            pass
+def facts_of(plan: Plan) -> dict:
+    """What results depend on besides the code, for those of another plan not to be taken for this one's. ValueError if the
+    base cannot read the instructions of a level."""
+    tokenizers = load_tokenizers(PRESETS[plan.preset], plan.base)
+    unknown = {level: unknown_words(tokenizers[0], " ".join(vocabulary(level))) for level in (plan.level, *plan.levels)}
+    if any(unknown.values()):
+        raise ValueError("The base does not know these words: " + "; ".join(f"{level}: {', '.join(words)}" for level, words in unknown.items() if words)
+                         + ". Train it on these levels (train.py --stage base --level ...), or measure on others (--levels).")
+    worlds = {level: World(level, PRESETS[plan.preset].side).fingerprint() for level in plan.levels}
+    sources = find_frozen(PRESETS[plan.preset], plan.base, ("mmdit", "vae", "t5", "clip", "vggt"))
+    return {"base": {part: source.digest()[:16] for part, source in sources.items()}, "worlds": worlds, "preset": plan.preset,
+            "training level": plan.level, "steps": plan.steps, "steps of stage 1": plan.stage1_steps, "batch": plan.batch,
+            "files of scenes": plan.shards}
 
 
 def run(plan: Plan) -> None:
-    """Trains, measures and writes ablation.md and ablation.html into the output folder."""
-    began = time.time()
-    left = estimate(plan)
-    print(f"\n{len(trainings(plan))} trainings; those still to do take about {left / 3600:.1f} h here, measured on a few steps. Then "
-          f"{len(LADDER) * plan.seeds} models are measured on {plan.scenes} scenes of {len(plan.levels)} levels and 2 splits each.", flush=True)
-    train_all(plan)
-    measure_all(plan)
+    """Trains, measures and writes ablation.md and ablation.html into the folder of results."""
+    facts, kept = facts_of(plan), plan.results / "plan.json"
+    if kept.is_file() and (then := json.loads(kept.read_text())) != facts:
+        differing = ", ".join(key for key in facts if then.get(key) != facts[key])
+        raise ValueError(f"{plan.results} holds results of another ladder: it differs in {differing}. Give the same options, or other folders.")
+    keep(kept, json.dumps(facts, indent=1) + "\n")
+    began, left = time.time(), estimate(plan)
+    todo = sum(len(to_train(plan, seed)) for seed in range(plan.seeds))
+    print(f"\n{todo} trainings are to do and take about {left / 3600:.1f} h here, measured on a few steps. After each seed's, its models are "
+          f"measured on {plan.scenes} scenes of {len(plan.levels)} levels and 2 splits each.", flush=True)
+    for seed in range(plan.seeds):
+        train_all(plan, to_train(plan, seed))
+        measure_all(plan, seed)
+    write(plan, ladder(plan), curves(plan), time.time() - began)
 
-    of_arm = lambda arm, *where: [measure(plan, f"{name_of(arm)}-{seed}", *where, plan.scenes) for seed in range(plan.seeds)]
-    scores = {  # (level, split) -> arm -> (seeds of) found
-        where: {BASE: [measure(plan, BASE, *where, plan.scenes)], **{arm: of_arm(arm, *where) for arm in ARMS}}
-        for where in ((level, split) for level in plan.levels for split in ("seen", "unseen"))}
-    main = (plan.train_level, "unseen")
-    altered = {what: [measure(plan, f"{name_of(LATENTS)}-{seed}-{what}", *main, plan.scenes) for seed in range(plan.seeds)] for what in ALTERED}
-    weights = {weight: measure(plan, f"{weighted(plan, weight)}-0", *main, plan.scenes) for weight in WEIGHTS}
 
-    found, whole, where = scores[main], scores[main][LATENTS], ", ".join(main)
-    tables = [made for (level, split), arms in scores.items() for made in ladder_tables(arms, f"{level}, {split}", plan)]
-    tables += [
-        relation_table(found, where),
-        table(f"{where}: {LATENTS.strip('+ ')} with other geometry at inference", {"as trained": whole} | altered | {
-            f"{what}, difference": (whole, seeds) for what, seeds in altered.items()}),
-        table(f"{where}: weight of the latent depth loss, seed 0", {f"{weight:g}": [one] for weight, one in weights.items()}),
-    ]
-    write(plan, tables, curves(plan), time.time() - began)
+def ladder(plan: Plan) -> list[pages.Table]:
+    read = lambda name, where: json.loads(score_file(plan, name, where).read_text())
+    of_arm = lambda arm, where, what="": [read(f"{name_of(arm)}-{seed}{what}", where) for seed in range(plan.seeds)]
+    tables = []
+    for level in plan.levels:
+        for split in ("seen", "unseen"):
+            where = level, split, plan.scenes
+            found = {BASE: [read(BASE, where)], **{arm: of_arm(arm, where) for arm in ARMS}}
+            tables += ladder_tables(found, f"{level}, {split}", plan)
+            if where == plan.main:
+                relations = relation_table(found, f"{level}, {split}")
+    whole, name = of_arm(LATENTS, plan.main), f"{plan.level}, unseen"
+    altered = {what: of_arm(LATENTS, plan.main, f"-{what.replace(' ', '_')}") for what in ALTERED}
+    weights = {f"{weight:g}": [read(f"{weighted(plan, weight)}-0", plan.main)] for weight in WEIGHTS}
+    return [*tables, relations,
+            table(f"{name}: {LATENTS.strip('+ ')} with other geometry at inference", {"as trained": whole} | altered | {
+                f"{what}, difference": (whole, seeds) for what, seeds in altered.items()}),
+            table(f"{name}: weight of the latent depth loss, seed 0", weights)]
 
 
 def stack(found: list[dict], metric: str) -> np.ndarray:
@@ -287,46 +380,54 @@ def relation_table(found: dict[str, list[dict]], where: str) -> pages.Table:
 
 
 def curves(plan: Plan) -> list[plot.Curves]:
-    """Success on seen scenes of the training's level against steps, and against core-seconds of stage 2."""
-    where = (plan.train_level, "seen", plan.curve_scenes)
-    by_step, by_cost, start = {}, {}, as_cell(stack([measure(plan, BASE, *where)], "success"))
+    """Success on seen scenes of the training's level against steps, and against core-seconds of stage 2; the training loss."""
+    success = lambda names: as_cell(stack([json.loads(score_file(plan, name, plan.curve).read_text()) for name in names], "success"))
+    by_step, by_cost, by_loss = {}, {}, {}
     for arm in ARMS:
-        points = {0: start} | {step: as_cell(stack([measure(plan, f"{name_of(arm)}-{seed}-step{step}", *where) for seed in range(plan.seeds)], "success"))
-                               for step in plan.points}
-        last = [log_of(run_folder(plan, arm, seed))[-1] for seed in range(plan.seeds)]
-        cost = float(np.mean([log["seconds"] / log["step"] for log in last])) * plan.threads  # core-seconds a step
+        names = [f"{name_of(arm)}-{seed}" for seed in range(plan.seeds)]
+        points = {0: success([BASE])} | {step: success([f"{name}-step{step}" for name in names]) for step in plan.points}
+        logs = [log_of(log_file(plan, name)) for name in names]
+        cost = float(np.mean([log[-1]["core_seconds"] / log[-1]["step"] for log in logs]))
         by_step[arm] = [(step, c["mean"], c["low"], c["high"]) for step, c in points.items()]
         by_cost[arm] = [(step * cost, *values) for step, *values in by_step[arm]]
-    caption = f"Success on {plan.curve_scenes} seen scenes, {plan.train_level}"
+        flows = np.array([[line["flow"] for line in log] for log in logs])
+        by_loss[arm] = [(line["step"], flow.mean(), flow.min(), flow.max()) for line, flow in zip(logs[0], flows.T)]
+    caption = f"Success on {plan.curve_scenes} seen scenes, {plan.level}"
     return [plot.Curves(f"{caption}, against steps of stage 2", "steps", "success", by_step),
-            plot.Curves(f"{caption}, against core-seconds of stage 2", "core-seconds", "success", by_cost)]
+            plot.Curves(f"{caption}, against core-seconds of stage 2", "core-seconds", "success", by_cost),
+            plot.Curves("Flow loss in training, mean and range over seeds", "steps", "loss", by_loss)]
 
 
-def sheet(plan: Plan, count: int = 8) -> list[pages.Case]:
+def sheet_file(plan: Plan, name: str) -> Path:
+    return plan.results / "sheet" / f"{name}.png"
+
+
+def sheet(plan: Plan) -> list[pages.Case]:
     """The first unseen scenes, edited by every arm of seed 0."""
-    pairs = [make_pair(0, plan.train_level, "unseen", PRESETS[plan.preset].side, index=i, extras=False) for i in range(count)]
-    pictures = [{"source": pair.ref} for pair in pairs]
-    for arm in LADDER:
-        editor = editor_of(plan, None if arm == BASE else run_folder(plan, arm, 0))
-        edits = editor.edit(np.stack([pair.ref for pair in pairs]), [pair.instruction for pair in pairs], [pair.seed for pair in pairs])
-        for found, edit in zip(pictures, edits):
-            found[arm] = edit
-    return [pages.Case(f"scene {pair.seed}", pair.instruction, found | {"truth": pair.tgt}) for pair, found in zip(pairs, pictures)]
+    strips = {arm: open_image(sheet_file(plan, BASE if arm == BASE else f"{name_of(arm)}-0")) for arm in LADDER}
+    cases, side = [], PRESETS[plan.preset].side
+    for i in range(min(SHEET, plan.scenes)):
+        pair = make_pair(0, plan.level, "unseen", side, index=i, extras=False)
+        edits = {arm: strip[:, i * side:(i + 1) * side] for arm, strip in strips.items()}
+        cases.append(pages.Case(f"scene {pair.seed}", pair.instruction, {"source": pair.ref} | edits | {"truth": pair.tgt}))
+    return cases
 
 
 def write(plan: Plan, tables: list[pages.Table], drawn: list[plot.Curves], seconds: float) -> None:
-    core_hours = sum(log_of(folder)[-1]["seconds"] for folder, *_ in trainings(plan)) * plan.threads / 3600
-    facts = {"base": str(plan.base), "training": f"{plan.train_level}, stage 1 {plan.stage1_steps} steps, stage 2 {plan.steps} steps of {plan.batch}",
+    names = [name for seed in range(plan.seeds) for name in trainings(plan, seed)]
+    core_hours = sum(log_of(log_file(plan, name))[-1]["core_seconds"] for name in names) / 3600
+    facts = {"base": str(plan.base), "training": f"{plan.level}, stage 1 {plan.stage1_steps} steps, stage 2 {plan.steps} steps of {plan.batch}",
              "seeds": str(plan.seeds), "core-hours of training": f"{core_hours:.2f}", "this run": f"{seconds / 60:.0f} min"}
     text = "\n\n".join(f"**{table.caption}**\n\n{markdown(table.header, table.rows)}" + f"\n\n{table.note}" * bool(table.note) for table in tables)
-    (plan.output / "ablation.md").write_text(text + "\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
-    pages.report(plan.output / "ablation.html", "The ladder in miniature", facts, tables, [], sheet(plan), [], drawn)
-    print(f"\n{text}\n\n{plan.output / 'ablation.html'}")
+    keep(plan.results / "ablation.md", text + "\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
+    pages.report(plan.results / "ablation.html", "The ladder in miniature", facts, tables, [], sheet(plan), [], drawn)
+    print(f"\n{text}\n\n{plan.results / 'ablation.html'}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the networks to start from: an --output of train.py --stage base")
-    parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="of the trainings")
+    parser.add_argument("--results", type=Path, help="logs, scores of every scene, tables (default: results in --output)")
     parser.add_argument("--level", choices=LEVELS, default=LEVELS[-1], help="of the training, the curves and the smaller tables")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, help="to measure on (default: plain, hard and --level)")
     parser.add_argument("--seeds", type=int, default=3)
@@ -352,5 +453,5 @@ def plan_of(args: argparse.Namespace) -> Plan:
     levels = tuple(args.levels or dict.fromkeys(("plain", "hard", args.level)))
     if args.level not in levels:
         raise ValueError(f"--levels must hold --level {args.level}, on which the smaller tables are measured.")
-    return Plan(args.base, args.output, args.level, levels, args.seeds, args.steps, args.stage1_steps, args.batch, args.scenes,
-                args.curve_scenes, args.shards, args.cache, args.jobs, args.compile, args.preset)
+    return Plan(args.base, args.output, args.results or args.output / "results", args.level, levels, args.seeds, args.steps,
+                args.stage1_steps, args.batch, args.scenes, args.curve_scenes, args.shards, args.cache, args.jobs, args.compile, args.preset)

@@ -3,9 +3,10 @@
     python -m pytest tests/test_ablation.py            -m slow: all of it on the preset tiny
 """
 
-import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +17,42 @@ from evaluation import ablation as A
 from evaluation.plot import Curves, curves_html
 from test_train import tiny  # noqa: F401  weights
 
-PLAN = A.Plan(Path("base"), Path("out"), "plain", ("plain",), 2, 8, 4, 4, 6, 4, 1, Path("cache"), 1, False, "tiny")
+PLAN = A.Plan(Path("base"), Path("out"), Path("out/results"), "plain", ("plain",), 2, 8, 4, 4, 6, 4, 1, Path("cache"), 1, False, "tiny")
 
 
 def test_arms_differ_in_one_thing():
-    jobs = A.trainings(PLAN)
     for seed in (0, 1):
-        arms = {folder.name: options for folder, s, stage, steps, options in jobs if (s, stage, steps) == (seed, 2, 8)}
-        assert {"LoRA", "geometry_tokens", "depth_in_pixels", "depth_in_latents"} <= set(arms)
-        common = ("--checkpoint", f"out/seed{seed}/stage1", "--keep")
-        assert arms["LoRA"] == (*common, "--no-ism") and arms["geometry_tokens"] == (*common, "--gss", "none")
-        assert arms["depth_in_pixels"] == (*common, "--gss", "eds") and arms["depth_in_latents"] == (*common, "--gss", "lds")
-        first = next(i for i, job in enumerate(jobs) if job[1] == seed)
-        assert jobs[first] == (Path(f"out/seed{seed}/stage1"), seed, 1, 4, ())
-    swept = {folder.name: options for folder, seed, _, _, options in jobs if "--lambda" in options}
-    assert sorted(o[o.index("--lambda") + 1] for o in swept.values()) == ["0.003", "0.03", "0.1"] and len({j[0] for j in jobs}) == len(jobs)
+        jobs = A.trainings(PLAN, seed)
+        start, lora, tokens, pixels, latents, *swept = jobs.values()
+        assert list(jobs)[:5] == [f"{name}-{seed}" for name in ("stage1", "LoRA", "geometry_tokens", "depth_in_pixels", "depth_in_latents")]
+        assert start == A.Training(f"stage1-{seed}", seed, 1, 4)
+        assert all((job.seed, job.stage, job.steps) == (seed, 2, 8) for job in (lora, tokens, pixels, latents, *swept))
+        assert lora.options == ("--keep", "--no-ism") and lora.start is None
+        assert [job.options for job in (tokens, pixels, latents)] == [("--keep", "--gss", what) for what in ("none", "eds", "lds")]
+        assert all(job.start is start for job in (tokens, pixels, latents, *swept))
+        assert [job.options for job in swept] == [("--gss", "lds", "--lambda", weight) for weight in ("0.003", "0.03", "0.1")] * (seed == 0)
+
+
+def test_what_is_measured_needs_no_training_again(tmp_path):
+    """Trained is what lacks a score and is not there; of that also its start."""
+    plan = replace(PLAN, output=tmp_path, results=tmp_path / "results")
+    assert A.to_train(plan, 1) == list(A.trainings(plan, 1).values())
+    for model in A.models(plan, 1):
+        for where in model.where:
+            A.keep(A.score_file(plan, model.name, where), "{}")
+    assert A.to_train(plan, 1) == [] and len(A.to_train(plan, 0)) == 8
+    A.score_file(plan, "geometry_tokens-1-step2", plan.curve).unlink()
+    assert [training.name for training in A.to_train(plan, 1)] == ["stage1-1", "geometry_tokens-1"]
+    (tmp_path / "stage1-1").mkdir()
+    (tmp_path / "stage1-1" / A.DONE).touch()
+    assert [training.name for training in A.to_train(plan, 1)] == ["geometry_tokens-1"]
+    A.score_file(plan, A.BASE, plan.main).parent.mkdir(exist_ok=True)
+    assert {where: [m.name for m in group] for where, group in A.to_measure(plan, 1).items()} == {plan.curve: ["geometry_tokens-1-step2"]}
 
 
 def found(success, **metrics):
     """Of one seed."""
-    return {"scenes": [{"success": s} | {k: v[i] for k, v in metrics.items()} for i, s in enumerate(success)], "relations": list("aabb")}
+    return {"metrics": {"success": list(success)} | {k: list(v) for k, v in metrics.items()}, "relations": list("aabb")}
 
 
 def test_tables_pair_scenes_and_seeds():
@@ -82,16 +99,23 @@ def test_the_whole_ladder_and_what_is_done_again(tiny, tmp_path):  # noqa: F811
         return done.stdout
 
     first = run()
-    assert "13 trainings" in first and first.count(": stage 2, seed 1") == 4
-    text = (tmp_path / "out/ablation.md").read_text()
+    assert "13 trainings" in first and first.count("out/depth_in_pixels-1: stage 2, seed 1") == 1
+    results = tmp_path / "out/results"
+    text = (results / "ablation.md").read_text()
     assert all(arm in text for arm in A.LADDER) and "geometry of zeros" in text and "| 0.003 |" in text
-    assert not problems((tmp_path / "out/ablation.html").read_text())
-    kept = {path: path.read_bytes() for path in (tmp_path / "out/scores").iterdir()}
-    lost = tmp_path / "out/seed1/depth_in_latents"
-    (lost / "done.json").unlink()
+    assert not problems((results / "ablation.html").read_text())
+    kept = {path: path.read_bytes() for path in results.glob("*/*")}
+    lost = tmp_path / "out/depth_in_latents-1"
+    (lost / A.DONE).unlink()
     next(path for path in kept if path.name == "depth_in_latents-1-plain-seen-4.json").unlink()
     again = run()
-    assert again.count(": stage 2") == 1 and "0.0 h" in again  # from its last checkpoint: nothing is left to train
-    assert (tmp_path / "out/ablation.md").read_text().split("this run")[0] == text.split("this run")[0]
-    assert {path: path.read_bytes() for path in (tmp_path / "out/scores").iterdir()} == kept
-    assert json.loads((lost / "done.json").read_text()) == {}
+    assert again.count(": stage 2") == 4 + 1 and "0.0 h" in again  # four trials; from its last checkpoint: nothing is left to train
+    shutil.move(results, tmp_path / "kept")  # results alone, without what was trained: the tables come out again
+    shutil.rmtree(tmp_path / "out")
+    command += ["--results", tmp_path / "kept"]
+    assert ": stage" not in run()
+    assert (tmp_path / "kept/ablation.md").read_text().split("this run")[0] == text.split("this run")[0]
+    assert {results / path.relative_to(tmp_path / "kept"): path.read_bytes() for path in (tmp_path / "kept").glob("*/*")} == kept
+    command[command.index("--steps") + 1] = 9
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2 and "another ladder: it differs in steps." in done.stderr

@@ -201,6 +201,8 @@ def test_two_runs_share_a_cache_file(tmp_path):
 
 def start(url: str, cache: Path, jobs: int) -> subprocess.Popen:
     script = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
 from evaluation.chat import Chat, Endpoint, run
 from tests.test_chat import question
 client = Chat(Endpoint({url!r}, "m", timeout=0.5, backoff=0.01), {str(cache)!r})
