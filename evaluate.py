@@ -171,7 +171,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
         ranked = sorted(shown, key=lambda item: item[2]["effect_iou"])
         half = min(4, len(ranked) // 2)
         cases += [pages.Case(f"{split}, scene {pair.seed}", pair.instruction, {"source": pair.ref, "edit": edit, "truth": pair.tgt},
-                             {name: f"{value[name]:.3g}" for name in COLUMNS if not np.isnan(value[name])}, kind)
+                             {name: f"{value[name]:.3g}" for name in COLUMNS if not np.isnan(value.get(name, np.nan))}, kind)
                   for kind, part in (("worst", ranked[:half]), ("best", ranked[::-1][:half])) for pair, edit, value in part]
         if args.output:
             save_png(args.output / f"sheet_{split}.png", contact_sheet(shown))

@@ -20,7 +20,7 @@ class Oracle:
     def __init__(self, level, split, scenes, seed, size):
         self.pairs = {pair.ref.tobytes(): pair for pair, _ in world.scene_stream(level, split, scenes, seed, size)}
         self.seeds = []
-        self.vggt, self.tokenizers = None, (build_word_tokenizer(vocabulary("plain")),) * 2
+        self.knows_depth, self.vggt, self.tokenizers = True, None, (build_word_tokenizer(vocabulary("plain")),) * 2
 
     def edit(self, images, instructions, seeds, **sampling):
         assert images.dtype == np.uint8 and len(images) == len(instructions) == len(seeds)
@@ -29,6 +29,8 @@ class Oracle:
         return np.stack([p.tgt if p.instruction == text else p.ref for p, text in zip(pairs, instructions)])
 
     def edit_and_depth(self, images, instructions, seeds, **sampling):
+        if not self.knows_depth:  # without spatial tokens
+            return self.edit(images, instructions, seeds, **sampling), None
         depths = [disparity(self.pairs[image.tobytes()].tgt_depth) for image in images]
         grey = [np.repeat(np.rint(127.5 * d + 127.5).astype(np.uint8)[..., None], 3, -1) for d in depths]
         return self.edit(images, instructions, seeds, **sampling), np.stack(grey)
@@ -79,8 +81,10 @@ def test_instructions_are_exchanged_and_seeds_share_no_scene():
     assert not {pair.seed for pair, _ in stream} & {pair.seed for pair, _ in other}
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("knows_depth", [True, False])
+def test_command(knows_depth, tmp_path, monkeypatch, capsys):
     oracle = Oracle("plain", "seen", 2, 7, 128)
+    oracle.knows_depth = knows_depth
     monkeypatch.setattr(evaluate, "load", lambda *args, **kwargs: oracle)
     monkeypatch.setattr(sys, "argv", f"evaluate.py --split seen --scenes 2 --seed 7 --output {tmp_path}".split())
     evaluate.main()
@@ -91,6 +95,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "sheet_seen.png").size[0] == 2 * (3 * 128 + 2 * 8 + 16)
     assert "| success | 1.000 [1.000, 1.000] |" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
+    assert ("depth_rmse" in page) == knows_depth and ("depth_rmse" in results[0]["metrics"]) == knows_depth
     assert all(row in page for row in ROWS) and page.count("data:image/") >= 2 * 3  # two scenes: the worst and the best
 
 
