@@ -27,8 +27,9 @@ from data import resize, save_png, side_by_side
 from model import lora
 from model.mmdit import MMDiT
 from model.spatial_head import SpatialHead
-from model.text import build_word_tokenizer
+from model.text import build_word_tokenizer, unknown_words
 from model.vae import AutoEncoder
+from model.vggt import VGGT
 from model.weights import Source, digest, read_tensors, save_tensors, to_json
 from spatialdiff import (
     PRESETS, Condition, Editor, Preset, SpatialDiff, build, choose_device, choose_preset, decode_image, default_folders,
@@ -134,11 +135,10 @@ def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
 class VAETask:
     """Base, first part: the autoencoder, on pictures and (a quarter of each batch) depth maps."""
 
-    def __init__(self, preset: Preset, shards: list[Path], device: torch.device):
-        self.preset, self.device = preset, device
+    def __init__(self, preset: Preset, shards: list[Path], vae: AutoEncoder, device: torch.device):
+        self.preset, self.device, self.vae = preset, device, vae
         self.images, self.depths = load_images(shards)
         self.count = len(self.images)
-        self.vae = build(preset, "vae", device)
         self.modules = nn.ModuleDict({"vae": self.vae})
 
     def muon(self, name: str) -> bool:
@@ -180,12 +180,11 @@ class VAETask:
 class VGGTTask:
     """Base, second part: the small VGGT learns log depth through a linear head that is thrown away."""
 
-    def __init__(self, preset: Preset, shards: list[Path], device: torch.device):
-        self.device = device
+    def __init__(self, preset: Preset, shards: list[Path], vggt: VGGT, device: torch.device):
+        self.device, self.vggt = device, vggt
         self.images, self.depths = load_images(shards, raw_depth=True)
         self.count = len(self.images)
         self.patch = preset.vggt.vit.patch_size
-        self.vggt = build(preset, "vggt", device)
         self.head = nn.Sequential(nn.LayerNorm(preset.vggt.out_width), nn.Linear(preset.vggt.out_width, self.patch**2))
         self.head.to(device)
         self.modules = nn.ModuleDict({"vggt": self.vggt, "head": self.head})
@@ -441,7 +440,8 @@ def parse() -> argparse.Namespace:
     what("--gss", default="lds", choices=("lds", "eds", "none"), help="depth supervision: latent (paper), pixels, none")
     what("--lambda", dest="gss_weight", type=float, help="weight of the depth supervision (paper: 0.01)")
     files = parser.add_argument_group("files").add_argument
-    files("--weights", type=Path, help="folder of the frozen networks, official files in any arrangement (default weights/nano)")
+    files("--weights", type=Path, help="folder of the frozen networks, official files in any arrangement (default weights/nano); stage base: "
+          "of the networks to go on from, instead of from nothing")
     files("--checkpoint", type=Path, help="stage 2: folder of stage 1's Connector (default: stage1 in --weights)")
     files("--output", type=Path, help="log, sheets, checkpoint and the trained parts (default runs/STAGE)")
     files("--cache", type=Path, default=Path("runs/cache"), help="rendered scenes, and encodings (default runs/cache)")
@@ -474,6 +474,7 @@ def parse() -> argparse.Namespace:
         args.stage, args.preset = "overfit", "tiny"
     args.output = args.output or Path("runs") / {"1": "stage1", "2": "stage2"}.get(args.stage, args.stage)
     args.ism = args.stage != "base" and not args.no_ism
+    args.start = args.weights if args.stage == "base" else None
     if args.stage in ("base", "1") or args.no_ism:
         args.gss = "none"
     return args
@@ -490,16 +491,30 @@ def init_base(mmdit: MMDiT) -> None:
             nn.init.xavier_uniform_(p)
 
 
-def fresh_editor(preset: Preset, vae: AutoEncoder, folder: Path, levels: list[str]) -> Editor:
-    """Fresh text encoders and a fresh MMDiT around an autoencoder; writes the word-level tokenizer to `folder`. It knows
-    the words of the levels alone, so that a word never seen in training is refused."""
-    words = {word for level in levels for word in scenes.vocabulary(level)}
-    build_word_tokenizer(sorted(words)).save(str(folder / "tokenizer.json"))
-    device = vae.encoder.conv_in.weight.device
-    model = SpatialDiff(preset).to(device)
-    init_base(model.mmdit)
-    t5, clip = build(preset, "t5", device), build(preset, "clip", device)
-    return Editor(preset, vae, t5, clip, None, load_tokenizers(preset, folder), model, {})
+LEARNED = {"vae": ("vae",), "vggt": ("vggt",), "mmdit": ("mmdit", "t5", "clip")}  # networks by the parts of stage base
+
+
+def begin(preset: Preset, part: str, args: argparse.Namespace) -> nn.Module:
+    """A network to train in stage base: fresh, or the one in --weights."""
+    if not args.start:
+        return build(preset, part, args.device)
+    return load_part(preset, find_frozen(preset, args.start, (part,))[part], args.device).train().requires_grad_(True)
+
+
+def base_editor(preset: Preset, vae: AutoEncoder, args: argparse.Namespace) -> Editor:
+    """Text encoders and MMDiT to train, around an autoencoder; writes the word-level tokenizer to --output. A fresh one
+    knows the words of the levels alone, so that a word never seen in training is refused."""
+    words = sorted({word for level in args.level for word in scenes.vocabulary(level)})
+    tokenizers = load_tokenizers(preset, args.start) if args.start else (build_word_tokenizer(words),) * 2
+    if unknown := unknown_words(tokenizers[0], " ".join(words)):
+        raise ValueError(f"The networks of {args.start} do not know {len(unknown)} words of these levels: {', '.join(unknown[:10])}.")
+    tokenizers[0].save(str(args.output / "tokenizer.json"))
+    model = SpatialDiff(preset).to(args.device)
+    if args.start:
+        model.mmdit = begin(preset, "mmdit", args)
+    else:
+        init_base(model.mmdit)
+    return Editor(preset, vae, begin(preset, "t5", args), begin(preset, "clip", args), None, tokenizers, model, {})
 
 
 def stage_sources(preset: Preset, args: argparse.Namespace) -> dict[str, Source]:
@@ -567,6 +582,8 @@ def main() -> None:
         facts_at_start(task, recipe, args)
         facts = {"part": part, "preset": str(preset), "recipe": str(recipe), "samples": task.count}
         facts |= {"level": " ".join(args.level)} | {name: getattr(args, name) for name in ("seed", "gss", "ism")}
+        if args.start:
+            facts["start"] = {name: source.digest() for name, source in find_frozen(preset, args.start, LEARNED[part]).items()}
         if args.data != "scenes":
             facts["data"] = digest(Path(args.data))
         train(task, recipe, args.output / part if args.stage == "base" else args.output, facts, args)
@@ -578,16 +595,16 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
     the task. With triples of a file the encoders are gone from memory before the model is loaded."""
     if part == "mmdit":
         sources = find_frozen(preset, args.output, ("vae",))
-        editor = fresh_editor(preset, load_part(preset, sources["vae"], args.device), args.output, args.level)
+        editor = base_editor(preset, load_part(preset, sources["vae"], args.device), args)
     elif part in "12":
         sources = stage_sources(preset, args)
     if args.data == "scenes":
         of_levels = [scene_shards(World(level, preset.side, shards=args.shards), args.cache) for level in args.level]
         shards = [shard for group in zip(*of_levels) for shard in group]  # the levels take turns
         if part == "vae":
-            return VAETask(preset, shards[:24], args.device)
+            return VAETask(preset, shards[:24], begin(preset, "vae", args), args.device)
         if part == "vggt":
-            return VGGTTask(preset, shards[:24], args.device)
+            return VGGTTask(preset, shards[:24], begin(preset, "vggt", args), args.device)
         if part in "12":
             vae, t5, clip = (load_part(preset, sources[name], args.device, args.dtype) for name in ("vae", "t5", "clip"))
             vggt = load_part(preset, sources["vggt"], args.device, args.dtype) if args.ism else None
@@ -614,7 +631,7 @@ def overfit(preset: Preset, args: argparse.Namespace) -> None:
     """Trains everything on one rendered pair until sampling returns its target; exits with 1 if it does not."""
     pair = scenes.make_pair(args.seed, args.level[0], "seen", preset.side, extras=False)
     args.output.mkdir(parents=True, exist_ok=True)
-    editor = fresh_editor(preset, build(preset, "vae", args.device), args.output, args.level)
+    editor = base_editor(preset, build(preset, "vae", args.device), args)
     editor.vggt = build(preset, "vggt", args.device).eval()
     ref, tgt = (torch.from_numpy(picture)[None].to(args.device) for picture in (pair.ref, pair.tgt))
     with torch.no_grad():

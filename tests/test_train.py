@@ -151,8 +151,9 @@ def test_careless_triples(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_base_of_two_levels(tmp_path):
-    """Moves come from the first file of each level only; both vocabularies are known; time adds up over resuming."""
+def test_base_of_two_levels(tiny, tmp_path):
+    """Moves come from the first file of each level only; both vocabularies are known; time adds up over resuming; with
+    --weights it goes on from these, if they know the words."""
     common = ["--stage", "base", "--preset", "tiny", "--level", "plain", "deep", "--shards", 2, "--move-shards", 1, "--steps", 4, "--batch", 4,
               "--cache", tmp_path / "cache", "--output", tmp_path / "out"]  # fmt: skip
     assert "data         4000 samples" in run(*common, "--part", "vae")  # pictures
@@ -165,6 +166,18 @@ def test_base_of_two_levels(tmp_path):
     run(*common, "--part", "mmdit", "--resume")
     (line,) = (tmp_path / "out/mmdit/log.jsonl").read_text().splitlines()  # step 4, done again
     assert 1000 < json.loads(line)["seconds"] < 1100
+
+    common = [*common, "--part", "mmdit", "--steps", 1, "--weights", tiny / "weights", "--output", tmp_path / "on"]
+    (tmp_path / "on").mkdir()
+    shutil.copy(tiny / "weights/vae.safetensors", tmp_path / "on")
+    assert "do not know" in run(*common, code=2)
+    run(*common, "--level", "plain")
+    for part in train.LEARNED["mmdit"]:
+        before, after = (load_file(folder / f"{part}.safetensors") for folder in (tiny / "weights", tmp_path / "on"))
+        assert all(torch.allclose(after[name].float(), x, rtol=0.01, atol=1e-3) for name, x in before.items()), part
+        assert any(not torch.equal(after[name], x.bfloat16()) for name, x in before.items()), part
+    assert (tmp_path / "on/tokenizer.json").read_text() == (tiny / "weights/tokenizer.json").read_text()
+    assert "it differs in start" in run(*common[:-4], "--weights", tmp_path / "out", "--output", tmp_path / "on", "--level", "plain", "--resume", code=2)
 
 
 @pytest.mark.slow
