@@ -27,7 +27,7 @@ from data import resize, save_png, side_by_side
 from model import lora
 from model.mmdit import MMDiT
 from model.spatial_head import SpatialHead
-from model.text import build_word_tokenizer, unknown_words
+from model.text import build_word_tokenizer
 from model.vae import AutoEncoder
 from model.vggt import VGGT
 from model.weights import Source, digest, read_tensors, save_tensors, to_json
@@ -156,7 +156,7 @@ class VAETask:
         noise = torch.randn(mean.shape, generator=generator).to(self.device)
         y = self.vae.decoder(mean + (0.5 * logvar).exp() * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = (y - x).abs().mean() + 0.5 * gradient_l1(y, x) + 2 * F.mse_loss(y, x) + 1e-3 * kl
+        loss = (y - x).abs().mean() + 0.5 * gradient_l1(y, x) + 10 * F.mse_loss(y, x) + 1e-3 * kl
         return loss, {"psnr": -10 * math.log10(F.mse_loss(y[quarter:], x[quarter:]).item() / 4), "kl": kl.item()}
 
     @torch.no_grad()
@@ -450,12 +450,14 @@ def parse() -> argparse.Namespace:
     data("--data", default="scenes", metavar="FILE.jsonl", help="triples (see data.py); default: the rendered world")
     data("--no-cache", action="store_true", help="triples of a file: encode every batch anew; the encoders stay in memory")
     data("--level", nargs="+", default=["plain"], choices=scenes.LEVELS, help="difficulty of the rendered scenes, one or several")
-    data("--move-shards", type=int, metavar="N", help="stage base: moves from the first N files of each level only, to leave stage 2 some to learn")
+    data("--move-shards", type=int, nargs="+", metavar="N", help="stage base: moves from the first N files of each level only, one number or "
+         "one for each, to leave stage 2 some to learn")
     data("--shards", type=int, default=32, help=f"rendered files of {SHARD} scenes, of each level (default 32)")
     loop = parser.add_argument_group("optimisation").add_argument
     loop("--steps", type=int, help="optimiser steps (default: the recipe's)")
     loop("--batch", type=int, help="samples an optimiser step")
     loop("--micro", type=int, help="samples a forward pass; gradients are accumulated to --batch")
+    loop("--rate", type=float, default=1.0, help="factor on the recipe's learning rates, e.g. 0.5 to go on from --weights (default 1)")
     loop("--seed", type=int, default=0)
     loop("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
     loop("--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler)")
@@ -502,19 +504,19 @@ def begin(preset: Preset, part: str, args: argparse.Namespace) -> nn.Module:
 
 
 def base_editor(preset: Preset, vae: AutoEncoder, args: argparse.Namespace) -> Editor:
-    """Text encoders and MMDiT to train, around an autoencoder; writes the word-level tokenizer to --output. A fresh one
-    knows the words of the levels alone, so that a word never seen in training is refused."""
-    words = sorted({word for level in args.level for word in scenes.vocabulary(level)})
-    tokenizers = load_tokenizers(preset, args.start) if args.start else (build_word_tokenizer(words),) * 2
-    if unknown := unknown_words(tokenizers[0], " ".join(words)):
-        raise ValueError(f"The networks of {args.start} do not know {len(unknown)} words of these levels: {', '.join(unknown[:10])}.")
-    tokenizers[0].save(str(args.output / "tokenizer.json"))
+    """Text encoders and MMDiT to train, around an autoencoder; writes the word-level tokenizer to --output. It knows the
+    words of the levels and of --weights alone, so that a word never seen in training is refused."""
+    words = {word for level in args.level for word in scenes.vocabulary(level)}
+    tokenizer = build_word_tokenizer(words, load_tokenizers(preset, args.start)[0] if args.start else None)
+    if (count := tokenizer.get_vocab_size()) > preset.t5.vocabulary:
+        raise ValueError(f"{count} words are more than the {preset.t5.vocabulary} of preset {preset.name}: take fewer levels.")
+    tokenizer.save(str(args.output / "tokenizer.json"))
     model = SpatialDiff(preset).to(args.device)
     if args.start:
         model.mmdit = begin(preset, "mmdit", args)
     else:
         init_base(model.mmdit)
-    return Editor(preset, vae, begin(preset, "t5", args), begin(preset, "clip", args), None, tokenizers, model, {})
+    return Editor(preset, vae, begin(preset, "t5", args), begin(preset, "clip", args), None, (tokenizer,) * 2, model, {})
 
 
 def stage_sources(preset: Preset, args: argparse.Namespace) -> dict[str, Source]:
@@ -556,7 +558,7 @@ def facts_at_start(task, recipe: Recipe, args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
-    preset = choose_preset(args.preset, args.weights)
+    preset = choose_preset(args.preset or ("nano" if args.stage == "base" else None), args.weights)
     args.weights, _ = default_folders(preset, args.weights, None)
     args.checkpoint = args.checkpoint or args.weights / "stage1"
     args.device, args.dtype, args.why = choose_device(preset, args.device, None)  # dtype: of frozen weights
@@ -575,6 +577,9 @@ def main() -> None:
         recipe = RECIPES.get((preset.name, part)) or RECIPES["nano", part]
         given = {name: getattr(args, name) for name in ("steps", "batch", "micro") if getattr(args, name) is not None}
         recipe = replace(recipe, **{"micro": min(recipe.micro, args.batch or recipe.micro)} | given)
+        recipe = replace(recipe, lr=recipe.lr * args.rate, muon_lr=recipe.muon_lr * args.rate)
+        if args.rate <= 0:
+            raise ValueError(f"--rate must be above 0, not {args.rate}.")
         if min(recipe.steps, recipe.batch, recipe.micro) < 1 or recipe.batch % recipe.micro:
             raise ValueError(f"Steps must be at least 1 and --batch {recipe.batch} a multiple of --micro {recipe.micro}.")
         args.output.mkdir(parents=True, exist_ok=True)
@@ -588,6 +593,14 @@ def main() -> None:
             facts["data"] = digest(Path(args.data))
         train(task, recipe, args.output / part if args.stage == "base" else args.output, facts, args)
         task.save(args.output)
+
+
+def move_shards(args: argparse.Namespace) -> list[int]:
+    """Of each level, how many files give moves."""
+    given = args.move_shards if args.stage == "base" and args.move_shards else [args.shards]
+    if len(given) not in (1, len(args.level)):
+        raise ValueError(f"--move-shards takes one number or one for each of the {len(args.level)} levels, not {len(given)}.")
+    return given * (len(args.level) // len(given))
 
 
 def make_task(preset: Preset, part: str, args: argparse.Namespace):
@@ -612,8 +625,8 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
             editor = Editor(preset, vae, t5, clip, vggt, load_tokenizers(preset, args.weights), model, sources)
         kinds = ("move",) if part in "12" else ("move", *scenes.OTHER_WORDINGS)
         hashes = {name: sources[name].digest()[:8] for name in ("vae", "vggt") if name in sources}
-        move_shards = args.move_shards * len(args.level) if part == "mmdit" and args.move_shards else None
-        triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes, move_shards)
+        with_moves = {path for paths, n in zip(of_levels, move_shards(args)) for path in paths[:n]}
+        triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes, with_moves)
         watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level[i % len(args.level)], "seen", preset.side, extras=False)
                  for i in range(8)]
     else:

@@ -213,17 +213,19 @@ class CLIPText(nn.Module):
         return model.final_layer_norm(x)
 
 
-def build_word_tokenizer(phrases: Iterable[str]) -> Tokenizer:
+def build_word_tokenizer(phrases: Iterable[str], known: Tokenizer | None = None) -> Tokenizer:
     """Word-level tokenizer that knows every word of `phrases`, for the miniature's T5 and CLIP alike.
 
     Lower case, punctuation dropped. Ids follow T5: pad 0, end token 1, unknown 2; then the words in alphabetical order.
+    known: a tokenizer to extend, whose ids stay what they are.
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}]+"), "removed")
     lower, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
     words = sorted({word for phrase in phrases for word, _ in split(lower(phrase))})
-    vocabulary = {token: i for i, token in enumerate(("<pad>", "</s>", "<unk>", *words))}
+    first = ("<pad>", "</s>", "<unk>") if known is None else sorted(known.get_vocab(), key=known.token_to_id)
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys((*first, *words)))}
     tokenizer.model = models.WordLevel(vocabulary, unk_token="<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>")

@@ -160,6 +160,12 @@ def test_word_ids(tokenizer):
     assert ids.tolist() == [[3 + words.index(word) for word in sentence] + [1, 0, 0], [1] + [0] * 13]
 
 
+def test_new_words_follow_the_known_ones(tokenizer):
+    ids = build_word_tokenizer(["a red zebra"], tokenizer).get_vocab()
+    assert {word: i for word, i in ids.items() if i < 12} == tokenizer.get_vocab()
+    assert (ids["a"], ids["zebra"], len(ids)) == (12, 13, 14)
+
+
 def test_cut_prompt_warns_with_the_lost_words(tokenizer):
     with pytest.warns(UserWarning, match='longer than 6 tokens.*"left of the Sphere."'):
         ids = tokenize(tokenizer, ["move the cube to the left of the Sphere."], 6)

@@ -152,14 +152,14 @@ def test_careless_triples(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_base_of_two_levels(tiny, tmp_path):
-    """Moves come from the first file of each level only; both vocabularies are known; time adds up over resuming; with
-    --weights it goes on from these, if they know the words."""
+    """Moves come from the first files of each level only; both vocabularies are known; time adds up over resuming; with
+    --weights it goes on from these and learns words they do not know."""
     common = ["--stage", "base", "--preset", "tiny", "--level", "plain", "deep", "--shards", 2, "--move-shards", 1, "--steps", 4, "--batch", 4,
               "--cache", tmp_path / "cache", "--output", tmp_path / "out"]  # fmt: skip
     assert "data         4000 samples" in run(*common, "--part", "vae")  # pictures
     assert "data         2000 samples" in run(*common, "--part", "mmdit")  # 4 x 250 other edits, 2 x 500 moves
-    words = json.loads((tmp_path / "out/tokenizer.json").read_text())["model"]["vocab"]
-    assert {*scenes.vocabulary("plain"), *scenes.vocabulary("deep")} <= set(words)
+    vocabulary = lambda folder: json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    assert {*scenes.vocabulary("plain"), *scenes.vocabulary("deep")} <= set(vocabulary(tmp_path / "out"))
     checkpoint = tmp_path / "out/mmdit/checkpoint.safetensors"
     tensors, metadata = read_tensors(checkpoint)
     save_tensors(checkpoint, tensors, {**metadata, "step": "3", "seconds": "1000.0"})
@@ -170,8 +170,11 @@ def test_base_of_two_levels(tiny, tmp_path):
     common = [*common, "--part", "mmdit", "--steps", 1, "--weights", tiny / "weights", "--output", tmp_path / "on"]
     (tmp_path / "on").mkdir()
     shutil.copy(tiny / "weights/vae.safetensors", tmp_path / "on")
-    assert "do not know" in run(*common, code=2)
-    run(*common, "--level", "plain")
+    assert "one for each of the 2 levels" in run(*common, "--move-shards", 1, 1, 1, code=2)
+    assert "data         2500 samples" in run(*common, "--move-shards", 1, 2)
+    old, new = vocabulary(tiny / "weights"), vocabulary(tmp_path / "on")
+    assert old.items() < new.items() and set(scenes.vocabulary("deep")) <= set(new)
+    run(*common, "--level", "plain", "--rate", 0.5)
     for part in train.LEARNED["mmdit"]:
         before, after = (load_file(folder / f"{part}.safetensors") for folder in (tiny / "weights", tmp_path / "on"))
         assert all(torch.allclose(after[name].float(), x, rtol=0.01, atol=1e-3) for name, x in before.items()), part

@@ -122,8 +122,8 @@ class SceneTriples:
 
 
 def encode_scenes(shards: list[Path], vae, vggt, preset, gss: str, kinds: tuple[str, ...], amp: bool, hashes: dict,
-                  move_shards: int | None = None) -> SceneTriples:
-    """Triples of the shards' edits of these kinds; moves of the first `move_shards` shards only, if given.
+                  with_moves: set[Path] | None = None) -> SceneTriples:
+    """Triples of the shards' edits of these kinds; moves of the shards in `with_moves` only, if given.
 
     vggt None: no geometry; gss "none": no depth. Encodings are kept beside each shard, one file for each network, named
     by the hash of its weights (`hashes`: part -> hash), so that every stage finds what another one has made.
@@ -152,7 +152,7 @@ def encode_scenes(shards: list[Path], vae, vggt, preset, gss: str, kinds: tuple[
             print(f"\rencoding: {n + 1} of {len(shards)} files ", end="\n" if n + 1 == len(shards) else "", flush=True)
         with safe_open(path, "pt") as file:
             edits, root = json.loads(file.metadata()["edits"]), file.get_tensor("root")
-        chosen = [i for i, (kind, _, _) in enumerate(edits) if kind in kinds and (kind != "move" or n < (move_shards or len(shards)))]
+        chosen = [i for i, (kind, _, _) in enumerate(edits) if kind in kinds and (kind != "move" or with_moves is None or path in with_moves)]
         part |= {name: part[name][chosen] for name in ("target", "depth") if name in part}
         parts.append(part | {"root": root[chosen] + rows})
         instructions += [edits[i][2] for i in chosen]
