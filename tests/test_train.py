@@ -180,7 +180,8 @@ def test_base_of_two_levels(tiny, tmp_path):
         assert all(torch.allclose(after[name].float(), x, rtol=0.01, atol=1e-3) for name, x in before.items()), part
         assert any(not torch.equal(after[name], x.bfloat16()) for name, x in before.items()), part
     assert (tmp_path / "on/tokenizer.json").read_text() == (tiny / "weights/tokenizer.json").read_text()
-    assert "it differs in start" in run(*common[:-4], "--weights", tmp_path / "out", "--output", tmp_path / "on", "--level", "plain", "--resume", code=2)
+    assert "it differs in start" in run(*common[:-4], "--weights", tmp_path / "out", "--output", tmp_path / "on", "--level", "plain", "--rate", 0.5,
+                                          "--resume", code=2)
 
 
 @pytest.mark.slow
