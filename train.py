@@ -472,6 +472,12 @@ def parse() -> argparse.Namespace:
         parser.error(f"--data {args.data}: files of triples are for --stage 1 and 2; the rest learns from the rendered world.")
     if args.keep and args.stage not in ("1", "2"):
         parser.error("--keep is for --stage 1 and 2.")
+    if args.rate <= 0:
+        parser.error(f"--rate must be above 0, not {args.rate}.")
+    if args.stage != "base" or not args.move_shards:
+        args.move_shards = [args.shards]
+    if len(args.move_shards) not in (1, len(args.level)):
+        parser.error(f"--move-shards takes one number or one for each of the {len(args.level)} levels, not {len(args.move_shards)}.")
     if args.overfit:
         args.stage, args.preset = "overfit", "tiny"
     args.output = args.output or Path("runs") / {"1": "stage1", "2": "stage2"}.get(args.stage, args.stage)
@@ -578,8 +584,6 @@ def main() -> None:
         given = {name: getattr(args, name) for name in ("steps", "batch", "micro") if getattr(args, name) is not None}
         recipe = replace(recipe, **{"micro": min(recipe.micro, args.batch or recipe.micro)} | given)
         recipe = replace(recipe, lr=recipe.lr * args.rate, muon_lr=recipe.muon_lr * args.rate)
-        if args.rate <= 0:
-            raise ValueError(f"--rate must be above 0, not {args.rate}.")
         if min(recipe.steps, recipe.batch, recipe.micro) < 1 or recipe.batch % recipe.micro:
             raise ValueError(f"Steps must be at least 1 and --batch {recipe.batch} a multiple of --micro {recipe.micro}.")
         args.output.mkdir(parents=True, exist_ok=True)
@@ -593,14 +597,6 @@ def main() -> None:
             facts["data"] = digest(Path(args.data))
         train(task, recipe, args.output / part if args.stage == "base" else args.output, facts, args)
         task.save(args.output)
-
-
-def move_shards(args: argparse.Namespace) -> list[int]:
-    """Of each level, how many files give moves."""
-    given = args.move_shards if args.stage == "base" and args.move_shards else [args.shards]
-    if len(given) not in (1, len(args.level)):
-        raise ValueError(f"--move-shards takes one number or one for each of the {len(args.level)} levels, not {len(given)}.")
-    return given * (len(args.level) // len(given))
 
 
 def make_task(preset: Preset, part: str, args: argparse.Namespace):
@@ -625,7 +621,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
             editor = Editor(preset, vae, t5, clip, vggt, load_tokenizers(preset, args.weights), model, sources)
         kinds = ("move",) if part in "12" else ("move", *scenes.OTHER_WORDINGS)
         hashes = {name: sources[name].digest()[:8] for name in ("vae", "vggt") if name in sources}
-        with_moves = {path for paths, n in zip(of_levels, move_shards(args)) for path in paths[:n]}
+        with_moves = {path for paths, n in zip(of_levels, args.move_shards * len(args.level)) for path in paths[:n]}
         triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes, with_moves)
         watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level[i % len(args.level)], "seen", preset.side, extras=False)
                  for i in range(8)]
