@@ -5,9 +5,10 @@ Every arm starts from one base and sees the same samples, noise and times in the
 paired. Besides: the weight of the latent depth loss on one seed, and the last arm with its geometry tokens set to zero or
 taken from another picture, to see whether they are used.
 
-One seed after the other is trained and measured. What the tables need, the scores of every scene and the logs, is kept in
-the folder of results, which is small and need not stay beside the trained weights: the same command goes on from it,
-trains what has not been measured and writes the tables anew. A killed run loses nothing but the steps after a checkpoint.
+One seed after the other is trained and measured, the other weights last, and the tables are written after each. What they
+need, the scores of every scene and the logs, is kept in the folder of results, which is small and need not stay beside
+the trained weights: the same command goes on from it, trains what has not been measured and writes the tables anew. A
+killed run loses nothing but the steps after a checkpoint.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 from data import open_image, save_png, side_by_side
 from evaluation import metrics, pages, plot
 from evaluation.score import cell, markdown
-from evaluation.world import MODEL, evaluate
+from evaluation.world import CEILING, MODEL, evaluate
 from model.text import unknown_words
 from scenes import LEVELS, make_pair, vocabulary
 from spatialdiff import PRESETS, choose_device, find_frozen, load, load_tokenizers
@@ -129,28 +130,38 @@ def weighted(plan: Plan, weight: float) -> str:
 
 
 def trainings(plan: Plan, seed: int) -> dict[str, Training]:
-    """Of one seed, by name: stage 1 and the arms; of the first also the other weights."""
+    """Of one seed, by name: stage 1 and the arms."""
     start = Training(f"stage1-{seed}", seed, 1, plan.stage1_steps)
-    found = [start, *(Training(f"{name_of(arm)}-{seed}", seed, 2, plan.steps, ("--keep", *options), None if arm == LORA else start)
-                      for arm, options in ARMS.items())]  # fmt: skip
-    known = {training.name for training in found}
-    for name, weight in ((f"{weighted(plan, weight)}-0", weight) for weight in WEIGHTS if seed == 0):
-        if name not in known:
-            found.append(Training(name, 0, 2, plan.steps, (*ARMS[LATENTS], "--lambda", str(weight)), start))
-    return {training.name: training for training in found}
+    arms = [Training(f"{name_of(arm)}-{seed}", seed, 2, plan.steps, ("--keep", *options), None if arm == LORA else start)
+            for arm, options in ARMS.items()]  # fmt: skip
+    return {training.name: training for training in (start, *arms)}
 
 
-def models(plan: Plan, seed: int) -> list[Model]:
-    """What is measured of one seed; of the first also the base."""
+def other_weights(plan: Plan) -> list[Training]:
+    """Depth in latents with the weights that no arm has, on the first seed."""
+    known = trainings(plan, 0)
+    names = {weight: f"{weighted(plan, weight)}-0" for weight in WEIGHTS}
+    return [Training(name, 0, 2, plan.steps, (*ARMS[LATENTS], "--lambda", str(weight)), known["stage1-0"])
+            for weight, name in names.items() if name not in known]
+
+
+def rounds(plan: Plan) -> list[list[Training]]:
+    """What is trained and measured together, in order: each seed, and then the other weights."""
+    return [*(list(trainings(plan, seed).values()) for seed in range(plan.seeds)), other_weights(plan)]
+
+
+def models(plan: Plan, trained: list[Training]) -> list[Model]:
+    """What is measured of these trainings, and the base."""
     everywhere = tuple((level, split, plan.scenes) for level in plan.levels for split in ("seen", "unseen"))
-    found = [Model(BASE, None, (*everywhere, plan.curve))] if seed == 0 else []
-    for name, training in trainings(plan, seed).items():
+    found = [Model(BASE, None, (*everywhere, plan.curve))]
+    for training in trained:
+        name = training.name
         if "--keep" in training.options:
             found.append(Model(name, training, everywhere))
             found += [Model(f"{name}-step{step}", training, (plan.curve,), step) for step in plan.points]
         elif training.stage == 2:
             found.append(Model(name, training, (plan.main,)))
-        if name == f"{name_of(LATENTS)}-{seed}":
+        if name == f"{name_of(LATENTS)}-{training.seed}":
             found += [Model(f"{name}-{what.replace(' ', '_')}", training, (plan.main,), altered=what) for what in ALTERED]
     return found
 
@@ -160,22 +171,23 @@ def score_file(plan: Plan, name: str, where: tuple[str, str, int]) -> Path:
     return plan.results / "scores" / f"{name}-{level}-{split}-{count}.json"
 
 
-def to_measure(plan: Plan, seed: int) -> dict[tuple[str, str, int], list[Model]]:
+def to_measure(plan: Plan, trained: list[Training]) -> dict[tuple[str, str, int], list[Model]]:
     """By where: what has no scores there yet."""
     found: dict[tuple, list[Model]] = {}
-    for model in models(plan, seed):
+    for model in models(plan, trained):
         for where in model.where:
             if not score_file(plan, model.name, where).is_file():
                 found.setdefault(where, []).append(model)
     return found
 
 
-def to_train(plan: Plan, seed: int) -> list[Training]:
+def to_train(plan: Plan, wanted: list[Training]) -> list[Training]:
     """What the measurements still to do need and is not there, in order."""
-    needed = {model.training for group in to_measure(plan, seed).values() for model in group} - {None}
+    needed = {model.training for group in to_measure(plan, wanted).values() for model in group} - {None}
     undone = {training for training in needed if not (plan.output / training.name / DONE).is_file()}
     undone |= {training.start for training in undone if training.start and not (plan.output / training.start.name / DONE).is_file()}
-    return [training for training in trainings(plan, seed).values() if training in undone]
+    starts = [training.start for training in wanted if training.start]
+    return [training for training in dict.fromkeys((*starts, *wanted)) if training in undone]
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -219,14 +231,13 @@ def train_all(plan: Plan, todo: list[Training]) -> None:
             future.result()
 
 
-def estimate(plan: Plan) -> float:
-    """Seconds of all trainings that are still to do, from a few steps of each kind; these also make the encodings, so that
+def estimate(plan: Plan, todo: list[Training]) -> float:
+    """Seconds of the trainings still to do, from a few steps of each kind; these also make the encodings, so that
     trainings side by side find them."""
-    todo, seconds = [training for seed in range(plan.seeds) for training in to_train(plan, seed)], {}
+    seconds = {}
     for training in trainings(plan, 0).values() if todo else ():
-        if "--lambda" not in training.options:
-            train(plan, training, probe=6)
-            seconds[training.name] = log_of(plan.output / "probe" / training.name / "log.jsonl")[-1]["seconds"] / 6
+        train(plan, training, probe=6)
+        seconds[training.name] = log_of(plan.output / "probe" / training.name / "log.jsonl")[-1]["seconds"] / 6
     kind = lambda training: seconds.get(f"{training.name.rsplit('-', 1)[0]}-0", seconds[f"{name_of(LATENTS)}-0"])
     return sum(training.steps * kind(training) for training in todo) / plan.jobs
 
@@ -250,9 +261,9 @@ def keep(path: Path, text: str) -> None:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(plan: Plan, model: Model, where: tuple[str, str, int]) -> None:
+def measure(plan: Plan, model: Model, where: tuple[str, str, int], ceiling: list[dict] | None) -> list[dict]:
     """Edits the scenes and keeps what was measured: {"metrics": {name: [of each scene, None where it does not apply]},
-    "relations"}; on a sheet, the first edits."""
+    "relations"}; on a sheet, the first edits. Returns the ceiling's metrics, for the next model."""
     folder = None
     if model.training:
         folder = plan.output / model.training.name / (f"step-{model.step:06}" if model.step else "")
@@ -260,24 +271,26 @@ def measure(plan: Plan, model: Model, where: tuple[str, str, int]) -> None:
     editor = load(preset, plan.base, folder, choose_device(preset, None, None)[0])
     sampling = {"alter_geometry": ALTERED[model.altered]} if model.altered else {}
     level, split, count = where
-    values, relations, _, shown = evaluate(editor, level, split, count, 0, preset.side, 32, SHEET, baselines=False, **sampling)
+    values, relations, _, shown = evaluate(editor, level, split, count, 0, preset.side, 32, SHEET, baselines=False, ceiling=ceiling, **sampling)
     rounded = lambda value: value if value is None or not np.isfinite(value) else float(f"{value:.4g}")
     columns = {metric: [rounded(scene.get(metric)) for scene in values[MODEL]] for metric in SHOWN}
     if where == plan.main and model.name in (BASE, *(f"{name_of(arm)}-0" for arm in ARMS)):
         save_png(sheet_file(plan, model.name), side_by_side([edit for _, edit, _ in shown], 0))
     keep(score_file(plan, model.name, where), json.dumps({"metrics": columns, "relations": relations}, separators=(",", ":")))
+    return values[CEILING]
 
 
 def measure_group(group: tuple[Plan, tuple, list[Model]]) -> None:
     plan, where, chosen = group
     torch.set_num_threads(plan.threads)
+    ceiling = None
     for model in chosen:
-        measure(plan, model, where)
+        ceiling = measure(plan, model, where, ceiling)
 
 
-def measure_all(plan: Plan, seed: int) -> None:
-    """Each process measures all models of the seed on the same scenes, which are rendered once."""
-    groups = sorted(((plan, *group) for group in to_measure(plan, seed).items()), key=lambda group: -len(group[2]) * group[1][2])
+def measure_all(plan: Plan, trained: list[Training]) -> None:
+    """Each process measures all models on the same scenes, which are rendered once."""
+    groups = sorted(((plan, *group) for group in to_measure(plan, trained).items()), key=lambda group: -len(group[2]) * group[1][2])
     with multiprocessing.get_context("spawn").Pool(plan.jobs) as pool:
         for _ in pool.imap_unordered(measure_group, groups, chunksize=1):
             pass
@@ -312,23 +325,24 @@ def facts_of(plan: Plan) -> dict:
 
 
 def run(plan: Plan) -> None:
-    """Trains, measures and writes ablation.md and ablation.html into the folder of results."""
+    """Trains, measures, and after each round writes ablation.md, ablation.html and curves.svg into the folder of results."""
     facts, kept = facts_of(plan), plan.results / "plan.json"
     if kept.is_file() and (then := json.loads(kept.read_text())) != facts:
         differing = ", ".join(key for key in facts if then.get(key) != facts[key])
         raise ValueError(f"{plan.results} holds results of another ladder: it differs in {differing}. Give the same options, or other folders.")
     keep(kept, json.dumps(facts, indent=1) + "\n")
-    began, left = time.time(), estimate(plan)
-    todo = sum(len(to_train(plan, seed)) for seed in range(plan.seeds))
-    print(f"\n{todo} trainings are to do and take about {left / 3600:.1f} h here, measured on a few steps. After each seed's, its models are "
+    began = time.time()
+    todo = list(dict.fromkeys(training for wanted in rounds(plan) for training in to_train(plan, wanted)))
+    left = estimate(plan, todo)
+    print(f"\n{len(todo)} trainings are to do and take about {left / 3600:.1f} h here, measured on a few steps. After each seed's, its models are "
           f"measured on {plan.scenes} scenes of {len(plan.levels)} levels and 2 splits each.", flush=True)
-    for seed in range(plan.seeds):
-        train_all(plan, to_train(plan, seed))
-        measure_all(plan, seed)
-    write(plan, ladder(plan), curves(plan), time.time() - began)
+    for done, wanted in enumerate(rounds(plan), start=1):
+        train_all(plan, to_train(plan, wanted))
+        measure_all(plan, wanted)
+        write(replace(plan, seeds=min(done, plan.seeds)), rounds(plan)[:done], time.time() - began)
 
 
-def ladder(plan: Plan) -> list[pages.Table]:
+def ladder(plan: Plan, with_weights: bool) -> list[pages.Table]:
     read = lambda name, where: json.loads(score_file(plan, name, where).read_text())
     of_arm = lambda arm, where, what="": [read(f"{name_of(arm)}-{seed}{what}", where) for seed in range(plan.seeds)]
     tables = []
@@ -341,11 +355,12 @@ def ladder(plan: Plan) -> list[pages.Table]:
                 relations = relation_table(found, f"{level}, {split}")
     whole, name = of_arm(LATENTS, plan.main), f"{plan.level}, unseen"
     altered = {what: of_arm(LATENTS, plan.main, f"-{what.replace(' ', '_')}") for what in ALTERED}
-    weights = {f"{weight:g}": [read(f"{weighted(plan, weight)}-0", plan.main)] for weight in WEIGHTS}
-    return [*tables, relations,
-            table(f"{name}: {LATENTS.strip('+ ')} with other geometry at inference", {"as trained": whole} | altered | {
-                f"{what}, difference": (whole, seeds) for what, seeds in altered.items()}),
-            table(f"{name}: weight of the latent depth loss, seed 0", weights)]
+    tables += [relations, table(f"{name}: {LATENTS.strip('+ ')} with other geometry at inference", {"as trained": whole} | altered | {
+        f"{what}, difference": (whole, seeds) for what, seeds in altered.items()})]
+    if with_weights:
+        weights = {f"{weight:g}": [read(f"{weighted(plan, weight)}-0", plan.main)] for weight in WEIGHTS}
+        tables.append(table(f"{name}: weight of the latent depth loss, seed 0", weights))
+    return tables
 
 
 def stack(found: list[dict], metric: str) -> np.ndarray:
@@ -413,13 +428,15 @@ def sheet(plan: Plan) -> list[pages.Case]:
     return cases
 
 
-def write(plan: Plan, tables: list[pages.Table], drawn: list[plot.Curves], seconds: float) -> None:
-    names = [name for seed in range(plan.seeds) for name in trainings(plan, seed)]
-    core_hours = sum(log_of(log_file(plan, name))[-1]["core_seconds"] for name in names) / 3600
+def write(plan: Plan, done: list[list[Training]], seconds: float) -> None:
+    """Tables and curves of these rounds; the plan has the seeds among them."""
+    tables, drawn = ladder(plan, len(done) > plan.seeds), curves(plan)
+    core_hours = sum(log_of(log_file(plan, training.name))[-1]["core_seconds"] for trained in done for training in trained) / 3600
     facts = {"base": str(plan.base), "training": f"{plan.level}, stage 1 {plan.stage1_steps} steps, stage 2 {plan.steps} steps of {plan.batch}",
              "seeds": str(plan.seeds), "core-hours of training": f"{core_hours:.2f}", "this run": f"{seconds / 60:.0f} min"}
     text = "\n\n".join(f"**{table.caption}**\n\n{markdown(table.header, table.rows)}" + f"\n\n{table.note}" * bool(table.note) for table in tables)
     keep(plan.results / "ablation.md", text + "\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
+    keep(plan.results / "curves.svg", plot.curves_svg(drawn))
     pages.report(plan.results / "ablation.html", "The ladder in miniature", facts, tables, [], sheet(plan), [], drawn)
     print(f"\n{text}\n\n{plan.results / 'ablation.html'}")
 

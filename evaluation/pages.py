@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data import resize
-from evaluation.plot import Bars, Curves, bars_html, boxed, curves_html, text
+from evaluation.plot import COLOURS, DRAWING, Bars, Curves, bars_html, boxed, curves_html, text
 
 LONGEST_SIDE = 512  # of an embedded picture, pixels: what the paper's pictures have
 
@@ -137,13 +137,7 @@ def case_html(case: Case) -> str:
             f'{pairs(case.numbers, "numbers")}</figure>')
 
 
-STYLE = """
-:root{color-scheme:light;--bg:#ffffff;--card:#f3f5f8;--fg:#1a1f26;--muted:#545d69;--line:#cfd5dd;--edge:#6a7380;
---accent:#0b57b0;--on-accent:#ffffff;--mark:#fdf0c3;
---s0:#0b57b0;--s1:#a84f06;--s2:#17734a;--s3:#8236b0;--s4:#b3261e;--s5:#545d69}
-@media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--bg:#13161a;--card:#1d2127;--fg:#e8ebef;
---muted:#a6aeb9;--line:#3a414b;--edge:#87909c;--accent:#8ab8f5;--on-accent:#0c1a2b;--mark:#40370f;
---s0:#8ab8f5;--s1:#f0a868;--s2:#70cf98;--s3:#d0a2f0;--s4:#f28b82;--s5:#a6aeb9}}
+STYLE = COLOURS + """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:75rem;padding:1rem;background:var(--bg);color:var(--fg);
 font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
@@ -157,7 +151,7 @@ button:disabled{cursor:default;color:var(--muted);border-style:dashed}
 img{display:block;max-width:100%;height:auto}
 """
 
-REPORT_STYLE = """
+REPORT_STYLE = DRAWING + """
 dl{margin:0}dt{color:var(--muted);font-size:.85rem}dd{margin:0}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:.6rem 1.5rem}
 .scroll{overflow-x:auto;margin:1rem 0 .3rem;max-width:100%}
@@ -175,13 +169,11 @@ tbody th{font-weight:500;background:var(--bg);position:sticky;left:0;min-width:7
 .bars th[scope=row]{min-width:clamp(5.5rem,27vw,12rem);font-weight:400;overflow-wrap:anywhere}
 .bars .plot{width:100%;min-width:5.5rem}.bars .n span{color:var(--muted);display:inline-block}.bars svg{display:block;overflow:visible}
 .bars tfoot{color:var(--muted);font-size:.85rem}
-.bars text{fill:var(--muted);font-size:.75rem}.grid{stroke:var(--line)}
+.bars text{fill:var(--muted);font-size:.75rem}
 .curves{margin:1rem 0 2rem;max-width:44rem}.curves figcaption{font-weight:600;margin-bottom:.5rem}
 .curves>svg{display:block;width:100%;height:auto}.curves text{fill:var(--muted);font-size:13px}
-.curve,.range{fill:none;stroke-width:2}.keys{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;list-style:none;padding:0;margin:.5rem 0}
-.e0{stroke:var(--s0)}.e1{stroke:var(--s1)}.e2{stroke:var(--s2)}.e3{stroke:var(--s3)}.e4{stroke:var(--s4)}.e5{stroke:var(--s5)}
+.keys{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;list-style:none;padding:0;margin:.5rem 0}
 .whisker{stroke:var(--fg);stroke-width:1.5}.halo{stroke:var(--bg);stroke-width:4}
-.s0{fill:var(--s0)}.s1{fill:var(--s1)}.s2{fill:var(--s2)}.s3{fill:var(--s3)}.s4{fill:var(--s4)}.s5{fill:var(--s5)}
 .cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
 .case{margin:0;padding:.8rem;background:var(--card);border-radius:.6rem;break-inside:avoid}
 .case p{margin:.1rem 0 .6rem}

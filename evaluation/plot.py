@@ -1,10 +1,24 @@
-"""Bars and curves with intervals as inline SVG for the report page: no library, no script, readable in light and dark."""
+"""Bars and curves with intervals as SVG, inline for the report page or a file: no library, no script, readable in light and
+dark."""
 
 import html
 import math
 from dataclasses import dataclass
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 300, 52, 44  # of curves, their left and lower margins
+COLOURS = """
+:root{color-scheme:light;--bg:#ffffff;--card:#f3f5f8;--fg:#1a1f26;--muted:#545d69;--line:#cfd5dd;--edge:#6a7380;
+--accent:#0b57b0;--on-accent:#ffffff;--mark:#fdf0c3;
+--s0:#0b57b0;--s1:#a84f06;--s2:#17734a;--s3:#8236b0;--s4:#b3261e;--s5:#545d69}
+@media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--bg:#13161a;--card:#1d2127;--fg:#e8ebef;
+--muted:#a6aeb9;--line:#3a414b;--edge:#87909c;--accent:#8ab8f5;--on-accent:#0c1a2b;--mark:#40370f;
+--s0:#8ab8f5;--s1:#f0a868;--s2:#70cf98;--s3:#d0a2f0;--s4:#f28b82;--s5:#a6aeb9}}
+"""
+DRAWING = """
+.grid{stroke:var(--line)}.curve,.range{fill:none;stroke-width:2}
+.e0{stroke:var(--s0)}.e1{stroke:var(--s1)}.e2{stroke:var(--s2)}.e3{stroke:var(--s3)}.e4{stroke:var(--s4)}.e5{stroke:var(--s5)}
+.s0{fill:var(--s0)}.s1{fill:var(--s1)}.s2{fill:var(--s2)}.s3{fill:var(--s3)}.s4{fill:var(--s4)}.s5{fill:var(--s5)}
+"""
 
 
 def text(value) -> str:
@@ -37,8 +51,8 @@ class Curves:
     series: dict[str, list[tuple[float, float, float, float]]]
 
 
-def curves_html(curves: Curves, index: int) -> str:
-    """The drawing, hidden from screen readers, and below it the same numbers as a table that can be folded out."""
+def draw(curves: Curves) -> str:
+    """What stands inside an <svg> of WIDTH x HEIGHT."""
     points = [point for line in curves.series.values() for point in line]
     if not points:
         raise ValueError(f'Curves "{curves.caption}" have no points.')
@@ -61,20 +75,42 @@ def curves_html(curves: Curves, index: int) -> str:
         parts += [line("grid", at(0, top * i / 4), at(right, top * i / 4)), label(at(0, top * i / 4), f"{top * i / 4:.3g}", -6, 4, "end"),
                   label(at(right * i / 4, 0), f"{right * i / 4:.3g}", 0, 16)]
     parts += [label(at(right / 2, 0), curves.x_label, 0, 36), label(at(0, top), curves.y_label, 6, -1, "start")]
-    keys, rows = "", []
-    for kind, (name, values) in enumerate(curves.series.items()):
+    for kind, values in enumerate(curves.series.values()):
         shift = 4 * (kind - (len(curves.series) - 1) / 2)  # pixels, so that equal curves stay visible side by side
         parts += [line(f"range e{kind % 6}", at(x, low, shift), at(x, high, shift)) for x, _, low, high in values]
         parts.append(f'<polyline class="curve e{kind % 6}" points="{" ".join(at(x, y, shift) for x, y, *_ in values)}"/>')
         for place in (at(x, y, shift).split(",") for x, y, *_ in values):
             parts.append(f'<circle class="s{kind % 6}" r="3.5" cx="{place[0]}" cy="{place[1]}"/>')
+    return "".join(parts)
+
+
+def curves_svg(drawn: list[Curves]) -> str:
+    """A file: the drawings below each other, with the series of the first as a legend for all."""
+    step, names = HEIGHT + 40, list(drawn[0].series)
+    height, slot = 30 + step * len(drawn), (WIDTH - LEFT) / len(names)
+    parts = [f'<rect width="{WIDTH}" height="{height}" fill="var(--bg)"/>']
+    for i, name in enumerate(names):
+        parts.append(f'<rect class="s{i % 6}" x="{LEFT + i * slot:.0f}" y="13" width="16" height="4"/>'
+                     f'<text x="{LEFT + i * slot + 22:.0f}" y="20">{text(name)}</text>')
+    for i, curves in enumerate(drawn):
+        top = 30 + step * i
+        parts.append(f'<text class="caption" x="{LEFT}" y="{top + 20}">{text(curves.caption)}</text><g transform="translate(0 {top + 34})">{draw(curves)}</g>')
+    style = f"{COLOURS}{DRAWING}text{{fill:var(--muted);font:13px system-ui,sans-serif}}.caption{{fill:var(--fg);font-weight:600}}"
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">'
+            f'<title>{text("; ".join(curves.caption for curves in drawn))}</title><style>{style}</style>{"".join(parts)}</svg>\n')
+
+
+def curves_html(curves: Curves, index: int) -> str:
+    """The drawing, hidden from screen readers, and below it the same numbers as a table that can be folded out."""
+    keys, rows = "", []
+    for kind, (name, values) in enumerate(curves.series.items()):
         keys += f'<li><svg aria-hidden="true" width="22" height="10"><rect class="s{kind % 6}" y="3" width="22" height="4"/></svg> {text(name)}</li>'
         rows += [[name, f"{x:.4g}", f"{y:.3f} [{low:.3f}, {high:.3f}]"] for x, y, low, high in values]
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in ("series", curves.x_label, curves.y_label))
     body = "".join(f'<tr><th scope="row">{text(row[0])}</th>' + "".join(f'<td class="n">{cell}</td>' for cell in row[1:]) + "</tr>" for row in rows)
     table = boxed(curves.caption, f"curves-{index}", f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>")
     return (f'<figure class="curves"><figcaption>{text(curves.caption)}</figcaption>'
-            f'<svg aria-hidden="true" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg><ul class="keys">{keys}</ul>'
+            f'<svg aria-hidden="true" viewBox="0 0 {WIDTH} {HEIGHT}">{draw(curves)}</svg><ul class="keys">{keys}</ul>'
             f"<details><summary>The numbers</summary>{table}</details></figure>")
 
 

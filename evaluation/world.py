@@ -40,13 +40,13 @@ def names_absent_object(donor, pair) -> bool:
 
 
 def evaluate(model, level: str, split: str, scenes: int, seed: int, size: int, batch: int, sheet: int,
-             baselines: bool = True, **sampling):
+             baselines: bool = True, ceiling: list[dict] | None = None, **sampling):
     """Edits `scenes` scenes of a split and measures every row; without `baselines` the model and the ceiling alone.
 
     model: offers edit_and_depth, edit and vae_roundtrip as spatialdiff.Editor does. seed: which scenes; different seeds
-    share none. Memory holds the last 320 scenes, and the numbers of all. Returns {row: [metrics of each scene]}, the
-    scenes' relations, the share of exchanged instructions that name an absent object, and (pair, edit, metrics) of the
-    first `sheet` scenes.
+    share none. ceiling: its metrics, where another model with this autoencoder was measured on these scenes. Memory holds
+    the last 320 scenes, and the numbers of all. Returns {row: [metrics of each scene]}, the scenes' relations, the share of
+    exchanged instructions that name an absent object, and (pair, edit, metrics) of the first `sheet` scenes.
     """
     values, relations, shown, absent = {row: [] for row in (ROWS if baselines else (MODEL, CEILING))}, [], [], 0
     stream, start = scene_stream(level, split, scenes, seed, size), time.time()
@@ -55,7 +55,9 @@ def evaluate(model, level: str, split: str, scenes: int, seed: int, size: int, b
         source, target = (np.stack([getattr(pair, name) for pair in pairs]) for name in ("ref", "tgt"))
         seeds = [pair.seed for pair in pairs]
         edited, depths = model.edit_and_depth(source, [pair.instruction for pair in pairs], seeds=seeds, **sampling)
-        edits = {MODEL: edited, CEILING: model.vae_roundtrip(target)}
+        edits = {MODEL: edited}
+        if ceiling is None:
+            edits[CEILING] = model.vae_roundtrip(target)
         if baselines:
             edits |= {
                 COPY: source,
@@ -64,11 +66,13 @@ def evaluate(model, level: str, split: str, scenes: int, seed: int, size: int, b
             }
         for i, (pair, donor) in enumerate(chunk):
             measured = {row: metrics.measure(edit[i], pair) for row, edit in edits.items()}
+            if ceiling is not None:
+                measured[CEILING] = ceiling[len(relations)]
             if depths is not None:  # of the source copy: what knowing the source's depth alone is worth
                 measured[MODEL] |= metrics.measure_depth(resize(depths[i], *pair.ref.shape[:2])[..., 0], pair)
                 if baselines:
                     measured[COPY] |= metrics.measure_depth(disparity(pair.ref_depth), pair)
-            for row in edits:
+            for row in measured:
                 right = metrics.success(measured[row], measured[CEILING]["bg_psnr"])
                 values[row].append({"success": right, **measured[row]})
             if len(shown) < sheet:

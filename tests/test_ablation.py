@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from browser import problems
 from evaluation import ablation as A
-from evaluation.plot import Curves, curves_html
+from evaluation.plot import Curves, curves_html, curves_svg
 from test_train import tiny  # noqa: F401  weights
 
 PLAN = A.Plan(Path("base"), Path("out"), Path("out/results"), "plain", ("plain",), 2, 8, 4, 4, 6, 4, 1, Path("cache"), 1, False, "tiny")
@@ -23,31 +24,35 @@ PLAN = A.Plan(Path("base"), Path("out"), Path("out/results"), "plain", ("plain",
 def test_arms_differ_in_one_thing():
     for seed in (0, 1):
         jobs = A.trainings(PLAN, seed)
-        start, lora, tokens, pixels, latents, *swept = jobs.values()
-        assert list(jobs)[:5] == [f"{name}-{seed}" for name in ("stage1", "LoRA", "geometry_tokens", "depth_in_pixels", "depth_in_latents")]
+        start, lora, tokens, pixels, latents = jobs.values()
+        assert list(jobs) == [f"{name}-{seed}" for name in ("stage1", "LoRA", "geometry_tokens", "depth_in_pixels", "depth_in_latents")]
         assert start == A.Training(f"stage1-{seed}", seed, 1, 4)
-        assert all((job.seed, job.stage, job.steps) == (seed, 2, 8) for job in (lora, tokens, pixels, latents, *swept))
+        assert all((job.seed, job.stage, job.steps) == (seed, 2, 8) for job in (lora, tokens, pixels, latents))
         assert lora.options == ("--keep", "--no-ism") and lora.start is None
         assert [job.options for job in (tokens, pixels, latents)] == [("--keep", "--gss", what) for what in ("none", "eds", "lds")]
-        assert all(job.start is start for job in (tokens, pixels, latents, *swept))
-        assert [job.options for job in swept] == [("--gss", "lds", "--lambda", weight) for weight in ("0.003", "0.03", "0.1")] * (seed == 0)
+        assert all(job.start is start for job in (tokens, pixels, latents))
+    others = A.other_weights(PLAN)
+    assert [job.options for job in others] == [("--gss", "lds", "--lambda", weight) for weight in ("0.003", "0.03", "0.1")]
+    assert {(job.seed, job.stage, job.steps, job.start) for job in others} == {(0, 2, 8, A.trainings(PLAN, 0)["stage1-0"])}
+    assert A.rounds(PLAN) == [list(A.trainings(PLAN, 0).values()), list(A.trainings(PLAN, 1).values()), others]
 
 
 def test_what_is_measured_needs_no_training_again(tmp_path):
     """Trained is what lacks a score and is not there; of that also its start."""
     plan = replace(PLAN, output=tmp_path, results=tmp_path / "results")
-    assert A.to_train(plan, 1) == list(A.trainings(plan, 1).values())
-    for model in A.models(plan, 1):
+    first, second, others = A.rounds(plan)
+    assert A.to_train(plan, second) == second and A.to_train(plan, others) == [first[0], *others]
+    for model in A.models(plan, second):
         for where in model.where:
             A.keep(A.score_file(plan, model.name, where), "{}")
-    assert A.to_train(plan, 1) == [] and len(A.to_train(plan, 0)) == 8
+    assert A.to_train(plan, second) == [] and A.to_train(plan, first) == first
     A.score_file(plan, "geometry_tokens-1-step2", plan.curve).unlink()
-    assert [training.name for training in A.to_train(plan, 1)] == ["stage1-1", "geometry_tokens-1"]
+    assert [training.name for training in A.to_train(plan, second)] == ["stage1-1", "geometry_tokens-1"]
     (tmp_path / "stage1-1").mkdir()
     (tmp_path / "stage1-1" / A.DONE).touch()
-    assert [training.name for training in A.to_train(plan, 1)] == ["geometry_tokens-1"]
+    assert [training.name for training in A.to_train(plan, second)] == ["geometry_tokens-1"]
     A.score_file(plan, A.BASE, plan.main).parent.mkdir(exist_ok=True)
-    assert {where: [m.name for m in group] for where, group in A.to_measure(plan, 1).items()} == {plan.curve: ["geometry_tokens-1-step2"]}
+    assert {where: [m.name for m in group] for where, group in A.to_measure(plan, second).items()} == {plan.curve: ["geometry_tokens-1-step2"]}
 
 
 def found(success, **metrics):
@@ -74,6 +79,10 @@ def test_curves_say_their_numbers():
     xs = [float(part.split('"')[0]) for part in drawn.split('cx="')[1:]]
     ys = [float(part.split('"')[0]) for part in drawn.split('cy="')[1:]]
     assert xs[0] < xs[2] < xs[1] and ys[1] < ys[2] < ys[0]  # to the right and, as SVG counts, upwards
+    parsed = ElementTree.fromstring(curves_svg([Curves("<A>", "", "", {"b & c": [(0, 0, 0, 0), (1, 2, 1, 3)]}), Curves("B", "", "", {"d": [(0, 1, 1, 1)]})]))
+    kinds = [element.tag.rsplit("}")[-1] for element in parsed.iter()]
+    words = [element.text for element in parsed.iter() if element.text]
+    assert kinds.count("circle") == 3 and kinds.count("g") == 2 and {"<A>", "B", "b & c"} <= set(words)
     with pytest.raises(ValueError, match="no points"):
         curves_html(Curves("x", "", "", {}), 0)
 
