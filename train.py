@@ -434,7 +434,7 @@ def parse() -> argparse.Namespace:
     what = parser.add_argument_group("what to train").add_argument
     what("--stage", choices=("base", "1", "2"))
     what("--part", choices=("vae", "vggt", "mmdit"), help="of stage base, this part only (default: all, in this order)")
-    what("--preset", choices=tuple(PRESETS), help="default: that of --weights; nano without")
+    what("--preset", choices=tuple(PRESETS), help="default: that of --weights; nano without, and for stage base")
     what("--overfit", action="store_true", help="instead: learn one pair by heart, a check of the whole method (a minute)")
     what("--no-ism", action="store_true", help="stage 2 without spatial tokens: LoRA alone (the paper's ablation)")
     what("--gss", default="lds", choices=("lds", "eds", "none"), help="depth supervision: latent (paper), pixels, none")

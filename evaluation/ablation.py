@@ -129,25 +129,24 @@ def weighted(plan: Plan, weight: float) -> str:
     return known.get(weight, f"{name_of(LATENTS)}_{weight:g}")
 
 
-def trainings(plan: Plan, seed: int) -> dict[str, Training]:
-    """Of one seed, by name: stage 1 and the arms."""
+def trainings(plan: Plan, seed: int) -> list[Training]:
+    """Of one seed: stage 1 and the arms."""
     start = Training(f"stage1-{seed}", seed, 1, plan.stage1_steps)
-    arms = [Training(f"{name_of(arm)}-{seed}", seed, 2, plan.steps, ("--keep", *options), None if arm == LORA else start)
-            for arm, options in ARMS.items()]  # fmt: skip
-    return {training.name: training for training in (start, *arms)}
+    return [start, *(Training(f"{name_of(arm)}-{seed}", seed, 2, plan.steps, ("--keep", *options), None if arm == LORA else start)
+                     for arm, options in ARMS.items())]  # fmt: skip
 
 
 def other_weights(plan: Plan) -> list[Training]:
     """Depth in latents with the weights that no arm has, on the first seed."""
-    known = trainings(plan, 0)
-    names = {weight: f"{weighted(plan, weight)}-0" for weight in WEIGHTS}
-    return [Training(name, 0, 2, plan.steps, (*ARMS[LATENTS], "--lambda", str(weight)), known["stage1-0"])
-            for weight, name in names.items() if name not in known]
+    start, *arms = trainings(plan, 0)
+    names, known = {f"{weighted(plan, weight)}-0": weight for weight in WEIGHTS}, {arm.name for arm in arms}
+    return [Training(name, 0, 2, plan.steps, (*ARMS[LATENTS], "--lambda", str(weight)), start)
+            for name, weight in names.items() if name not in known]
 
 
 def rounds(plan: Plan) -> list[list[Training]]:
     """What is trained and measured together, in order: each seed, and then the other weights."""
-    return [*(list(trainings(plan, seed).values()) for seed in range(plan.seeds)), other_weights(plan)]
+    return [*(trainings(plan, seed) for seed in range(plan.seeds)), other_weights(plan)]
 
 
 def models(plan: Plan, trained: list[Training]) -> list[Model]:
@@ -235,7 +234,7 @@ def estimate(plan: Plan, todo: list[Training]) -> float:
     """Seconds of the trainings still to do, from a few steps of each kind; these also make the encodings, so that
     trainings side by side find them."""
     seconds = {}
-    for training in trainings(plan, 0).values() if todo else ():
+    for training in trainings(plan, 0) if todo else ():
         train(plan, training, probe=6)
         seconds[training.name] = log_of(plan.output / "probe" / training.name / "log.jsonl")[-1]["seconds"] / 6
     kind = lambda training: seconds.get(f"{training.name.rsplit('-', 1)[0]}-0", seconds[f"{name_of(LATENTS)}-0"])
@@ -331,15 +330,16 @@ def run(plan: Plan) -> None:
         differing = ", ".join(key for key in facts if then.get(key) != facts[key])
         raise ValueError(f"{plan.results} holds results of another ladder: it differs in {differing}. Give the same options, or other folders.")
     keep(kept, json.dumps(facts, indent=1) + "\n")
-    began = time.time()
-    todo = list(dict.fromkeys(training for wanted in rounds(plan) for training in to_train(plan, wanted)))
+    began, planned = time.time(), rounds(plan)
+    todo = list(dict.fromkeys(training for wanted in planned for training in to_train(plan, wanted)))
     left = estimate(plan, todo)
     print(f"\n{len(todo)} trainings are to do and take about {left / 3600:.1f} h here, measured on a few steps. After each seed's, its models are "
           f"measured on {plan.scenes} scenes of {len(plan.levels)} levels and 2 splits each.", flush=True)
-    for done, wanted in enumerate(rounds(plan), start=1):
-        train_all(plan, to_train(plan, wanted))
-        measure_all(plan, wanted)
-        write(replace(plan, seeds=min(done, plan.seeds)), rounds(plan)[:done], time.time() - began)
+    for done, wanted in enumerate(planned, start=1):
+        if to_measure(plan, wanted) or done == len(planned):
+            train_all(plan, to_train(plan, wanted))
+            measure_all(plan, wanted)
+            write(replace(plan, seeds=min(done, plan.seeds)), planned[:done], time.time() - began)
 
 
 def ladder(plan: Plan, with_weights: bool) -> list[pages.Table]:

@@ -24,8 +24,8 @@ PLAN = A.Plan(Path("base"), Path("out"), Path("out/results"), "plain", ("plain",
 def test_arms_differ_in_one_thing():
     for seed in (0, 1):
         jobs = A.trainings(PLAN, seed)
-        start, lora, tokens, pixels, latents = jobs.values()
-        assert list(jobs) == [f"{name}-{seed}" for name in ("stage1", "LoRA", "geometry_tokens", "depth_in_pixels", "depth_in_latents")]
+        start, lora, tokens, pixels, latents = jobs
+        assert [job.name for job in jobs] == [f"{name}-{seed}" for name in ("stage1", "LoRA", "geometry_tokens", "depth_in_pixels", "depth_in_latents")]
         assert start == A.Training(f"stage1-{seed}", seed, 1, 4)
         assert all((job.seed, job.stage, job.steps) == (seed, 2, 8) for job in (lora, tokens, pixels, latents))
         assert lora.options == ("--keep", "--no-ism") and lora.start is None
@@ -33,8 +33,8 @@ def test_arms_differ_in_one_thing():
         assert all(job.start is start for job in (tokens, pixels, latents))
     others = A.other_weights(PLAN)
     assert [job.options for job in others] == [("--gss", "lds", "--lambda", weight) for weight in ("0.003", "0.03", "0.1")]
-    assert {(job.seed, job.stage, job.steps, job.start) for job in others} == {(0, 2, 8, A.trainings(PLAN, 0)["stage1-0"])}
-    assert A.rounds(PLAN) == [list(A.trainings(PLAN, 0).values()), list(A.trainings(PLAN, 1).values()), others]
+    assert {(job.seed, job.stage, job.steps, job.start) for job in others} == {(0, 2, 8, A.trainings(PLAN, 0)[0])}
+    assert A.rounds(PLAN) == [A.trainings(PLAN, 0), A.trainings(PLAN, 1), others]
 
 
 def test_what_is_measured_needs_no_training_again(tmp_path):
@@ -108,6 +108,8 @@ def test_the_whole_ladder_and_what_is_done_again(tiny, tmp_path):  # noqa: F811
         return done.stdout
 
     first = run()
+    assert first.count("1 seeds; mean") == 2 and first.count("2 seeds; mean") == 4  # after each seed and the other weights
+    assert first.count("weight of the latent depth loss") == 1
     assert "13 trainings" in first and first.count("out/depth_in_pixels-1: stage 2, seed 1") == 1
     results = tmp_path / "out/results"
     text = (results / "ablation.md").read_text()
@@ -118,11 +120,13 @@ def test_the_whole_ladder_and_what_is_done_again(tiny, tmp_path):  # noqa: F811
     (lost / A.DONE).unlink()
     next(path for path in kept if path.name == "depth_in_latents-1-plain-seen-4.json").unlink()
     again = run()
+    assert "1 seeds; mean" not in again  # nothing new of the first seed: no tables of it alone
     assert again.count(": stage 2") == 4 + 1 and "0.0 h" in again  # four trials; from its last checkpoint: nothing is left to train
     shutil.move(results, tmp_path / "kept")  # results alone, without what was trained: the tables come out again
     shutil.rmtree(tmp_path / "out")
     command += ["--results", tmp_path / "kept"]
-    assert ": stage" not in run()
+    tables = run()
+    assert ": stage" not in tables and tables.count("seeds; mean") == 2  # written once
     assert (tmp_path / "kept/ablation.md").read_text().split("this run")[0] == text.split("this run")[0]
     assert {results / path.relative_to(tmp_path / "kept"): path.read_bytes() for path in (tmp_path / "kept").glob("*/*")} == kept
     command[command.index("--steps") + 1] = 9

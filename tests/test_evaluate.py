@@ -73,6 +73,17 @@ def test_batch_size_changes_nothing():
     np.testing.assert_equal(*runs)
 
 
+def test_a_known_ceiling_is_not_made_again():
+    every, *_ = world.evaluate(Oracle(*SCENES), *SCENES, batch=2, sheet=0, baselines=False)
+    oracle = Oracle(*SCENES)
+    oracle.vae_roundtrip = None
+    again, *_ = world.evaluate(oracle, *SCENES, batch=2, sheet=0, baselines=False, ceiling=every[CEILING])
+    np.testing.assert_equal(again, every)
+    bright = [{**scene, "bg_psnr": scene["bg_psnr"] + 100 * (i == 3)} for i, scene in enumerate(every[CEILING])]
+    strict, *_ = world.evaluate(oracle, *SCENES, batch=2, sheet=0, baselines=False, ceiling=bright)
+    assert [scene["success"] for scene in strict[MODEL]] == [1, 1, 1, 0, 1]
+
+
 def test_instructions_are_exchanged_and_seeds_share_no_scene():
     stream = list(world.scene_stream(*SCENES))
     assert all(donor.seed != pair.seed for pair, donor in stream)
