@@ -87,11 +87,11 @@ def draw(curves: Curves) -> str:
 def curves_svg(drawn: list[Curves]) -> str:
     """A file: the drawings below each other, with the series of the first as a legend for all."""
     step, names = HEIGHT + 40, list(drawn[0].series)
-    height, slot = 30 + step * len(drawn), (WIDTH - LEFT) / len(names)
+    height, slot = 30 + step * len(drawn), (WIDTH - 8) / len(names)
     parts = [f'<rect width="{WIDTH}" height="{height}" fill="var(--bg)"/>']
     for i, name in enumerate(names):
-        parts.append(f'<rect class="s{i % 6}" x="{LEFT + i * slot:.0f}" y="13" width="16" height="4"/>'
-                     f'<text x="{LEFT + i * slot + 22:.0f}" y="20">{text(name)}</text>')
+        parts.append(f'<rect class="s{i % 6}" x="{8 + i * slot:.0f}" y="13" width="16" height="4"/>'
+                     f'<text x="{30 + i * slot:.0f}" y="20">{text(name)}</text>')
     for i, curves in enumerate(drawn):
         top = 30 + step * i
         parts.append(f'<text class="caption" x="{LEFT}" y="{top + 20}">{text(curves.caption)}</text><g transform="translate(0 {top + 34})">{draw(curves)}</g>')
