@@ -78,7 +78,7 @@ class Plan:
     base: Path  # folder of the frozen networks
     output: Path  # of the trainings
     results: Path  # scores and logs
-    level: str  # of the training
+    trained_on: tuple[str, ...]  # levels; the last is the one that curves and smaller tables are about
     levels: tuple[str, ...]  # to measure on
     seeds: int
     steps: int  # of stage 2
@@ -105,6 +105,10 @@ class Plan:
     @property
     def threads(self) -> int:
         return max(1, os.cpu_count() // self.jobs)
+
+    @property
+    def level(self) -> str:
+        return self.trained_on[-1]
 
     @property
     def main(self) -> tuple[str, str, int]:
@@ -199,7 +203,7 @@ def train(plan: Plan, training: Training, after: Future | None = None, probe: in
         after.result()
     folder = plan.output / ("probe" if probe else "") / training.name
     command = [
-        sys.executable, ROOT / "train.py", "--preset", plan.preset, "--weights", plan.base, "--stage", training.stage, "--level", plan.level,
+        sys.executable, ROOT / "train.py", "--preset", plan.preset, "--weights", plan.base, "--stage", training.stage, "--level", *plan.trained_on,
         "--shards", plan.shards, "--cache", plan.cache, "--seed", training.seed, "--steps", probe or training.steps, "--batch", plan.batch,
         "--output", folder, "--save-every", plan.every, "--resume", *training.options,
     ]  # fmt: skip
@@ -312,14 +316,14 @@ def facts_of(plan: Plan) -> dict:
     """What results depend on besides the code, for those of another plan not to be taken for this one's. ValueError if the
     base cannot read the instructions of a level."""
     tokenizers = load_tokenizers(PRESETS[plan.preset], plan.base)
-    unknown = {level: unknown_words(tokenizers[0], " ".join(vocabulary(level))) for level in (plan.level, *plan.levels)}
+    unknown = {level: unknown_words(tokenizers[0], " ".join(vocabulary(level))) for level in (*plan.trained_on, *plan.levels)}
     if any(unknown.values()):
         raise ValueError("The base does not know these words: " + "; ".join(f"{level}: {', '.join(words)}" for level, words in unknown.items() if words)
                          + ". Train it on these levels (train.py --stage base --level ...), or measure on others (--levels).")
     worlds = {level: World(level, PRESETS[plan.preset].side).fingerprint() for level in plan.levels}
     sources = find_frozen(PRESETS[plan.preset], plan.base, ("mmdit", "vae", "t5", "clip", "vggt"))
     return {"base": {part: source.digest()[:16] for part, source in sources.items()}, "worlds": worlds, "preset": plan.preset,
-            "training level": plan.level, "steps": plan.steps, "steps of stage 1": plan.stage1_steps, "batch": plan.batch,
+            "training level": " ".join(plan.trained_on), "steps": plan.steps, "steps of stage 1": plan.stage1_steps, "batch": plan.batch,
             "files of scenes": plan.shards}
 
 
@@ -432,7 +436,7 @@ def write(plan: Plan, done: list[list[Training]], seconds: float) -> None:
     """Tables and curves of these rounds; the plan has the seeds among them."""
     tables, drawn = ladder(plan, len(done) > plan.seeds), curves(plan)
     core_hours = sum(log_of(log_file(plan, training.name))[-1]["core_seconds"] for trained in done for training in trained) / 3600
-    facts = {"base": str(plan.base), "training": f"{plan.level}, stage 1 {plan.stage1_steps} steps, stage 2 {plan.steps} steps of {plan.batch}",
+    facts = {"base": str(plan.base), "training": f"{' and '.join(plan.trained_on)}, stage 1 {plan.stage1_steps} steps, stage 2 {plan.steps} steps of {plan.batch}",
              "seeds": str(plan.seeds), "core-hours of training": f"{core_hours:.2f}", "this run": f"{seconds / 60:.0f} min"}
     text = "\n\n".join(f"**{table.caption}**\n\n{markdown(table.header, table.rows)}" + f"\n\n{table.note}" * bool(table.note) for table in tables)
     keep(plan.results / "ablation.md", text + "\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
@@ -445,7 +449,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the networks to start from: an --output of train.py --stage base")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="of the trainings")
     parser.add_argument("--results", type=Path, help="logs, scores of every scene, tables (default: results in --output)")
-    parser.add_argument("--level", choices=LEVELS, default=LEVELS[-1], help="of the training, the curves and the smaller tables")
+    parser.add_argument("--level", nargs="+", choices=LEVELS, default=LEVELS[-1:], help="of the training, one or several; curves and smaller tables "
+                        "are about the last")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, help="to measure on (default: plain, hard and --level)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help="of stage 2")
@@ -467,8 +472,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if min(args.scenes, args.curve_scenes) < 2:
         raise ValueError("--scenes and --curve-scenes must be at least 2.")
-    levels = tuple(args.levels or dict.fromkeys(("plain", "hard", args.level)))
-    if args.level not in levels:
-        raise ValueError(f"--levels must hold --level {args.level}, on which the smaller tables are measured.")
-    return Plan(args.base, args.output, args.results or args.output / "results", args.level, levels, args.seeds, args.steps,
+    levels = tuple(args.levels or dict.fromkeys(("plain", "hard", *args.level)))
+    if args.level[-1] not in levels:
+        raise ValueError(f"--levels must hold {args.level[-1]}, on which the smaller tables are measured.")
+    return Plan(args.base, args.output, args.results or args.output / "results", tuple(args.level), levels, args.seeds, args.steps,
                 args.stage1_steps, args.batch, args.scenes, args.curve_scenes, args.shards, args.cache, args.jobs, args.compile, args.preset)

@@ -18,7 +18,7 @@ from evaluation import ablation as A
 from evaluation.plot import Curves, curves_html, curves_svg
 from test_train import tiny  # noqa: F401  weights
 
-PLAN = A.Plan(Path("base"), Path("out"), Path("out/results"), "plain", ("plain",), 2, 8, 4, 4, 6, 4, 1, Path("cache"), 1, False, "tiny")
+PLAN = A.Plan(Path("base"), Path("out"), Path("out/results"), ("plain",), ("plain",), 2, 8, 4, 4, 6, 4, 1, Path("cache"), 1, False, "tiny")
 
 
 def test_arms_differ_in_one_thing():
@@ -88,7 +88,7 @@ def test_curves_say_their_numbers():
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--seeds", "0"], "--seeds must be"), (["--level", "hard", "--levels", "plain"], "must hold --level hard"), (["--scenes", "1"], "at least 2"),
+    (["--seeds", "0"], "--seeds must be"), (["--level", "plain", "hard", "--levels", "plain"], "must hold hard"), (["--scenes", "1"], "at least 2"),
 ])  # fmt: skip
 def test_careless_options(options, words, tmp_path):
     command = [sys.executable, "evaluate.py", "ablation", "--base", str(tmp_path), "--output", str(tmp_path), *options]
