@@ -320,7 +320,7 @@ def facts_of(plan: Plan) -> dict:
     if any(unknown.values()):
         raise ValueError("The base does not know these words: " + "; ".join(f"{level}: {', '.join(words)}" for level, words in unknown.items() if words)
                          + ". Train it on these levels (train.py --stage base --level ...), or measure on others (--levels).")
-    worlds = {level: World(level, PRESETS[plan.preset].side).fingerprint() for level in plan.levels}
+    worlds = {level: World(level, PRESETS[plan.preset].side).fingerprint() for level in dict.fromkeys((*plan.trained_on, *plan.levels))}
     sources = find_frozen(PRESETS[plan.preset], plan.base, ("mmdit", "vae", "t5", "clip", "vggt"))
     return {"base": {part: source.digest()[:16] for part, source in sources.items()}, "worlds": worlds, "preset": plan.preset,
             "training level": " ".join(plan.trained_on), "steps": plan.steps, "steps of stage 1": plan.stage1_steps, "batch": plan.batch,
@@ -399,7 +399,7 @@ def relation_table(found: dict[str, list[dict]], where: str) -> pages.Table:
 
 
 def curves(plan: Plan) -> list[plot.Curves]:
-    """Success on seen scenes of the training's level against steps, and against core-seconds of stage 2; the training loss."""
+    """Success on seen scenes of the plan's level against steps, and against core-seconds of stage 2; the training loss."""
     success = lambda names: as_cell(stack([json.loads(score_file(plan, name, plan.curve).read_text()) for name in names], "success"))
     by_step, by_cost, by_loss = {}, {}, {}
     for arm in ARMS:
@@ -436,8 +436,9 @@ def write(plan: Plan, done: list[list[Training]], seconds: float) -> None:
     """Tables and curves of these rounds; the plan has the seeds among them."""
     tables, drawn = ladder(plan, len(done) > plan.seeds), curves(plan)
     core_hours = sum(log_of(log_file(plan, training.name))[-1]["core_seconds"] for trained in done for training in trained) / 3600
-    facts = {"base": str(plan.base), "training": f"{' and '.join(plan.trained_on)}, stage 1 {plan.stage1_steps} steps, stage 2 {plan.steps} steps of {plan.batch}",
-             "seeds": str(plan.seeds), "core-hours of training": f"{core_hours:.2f}", "this run": f"{seconds / 60:.0f} min"}
+    facts = {"base": str(plan.base), "levels of training": " ".join(plan.trained_on),
+             "training": f"stage 1 {plan.stage1_steps} steps, stage 2 {plan.steps} steps of {plan.batch}", "seeds": str(plan.seeds),
+             "core-hours of training": f"{core_hours:.2f}", "this run": f"{seconds / 60:.0f} min"}
     text = "\n\n".join(f"**{table.caption}**\n\n{markdown(table.header, table.rows)}" + f"\n\n{table.note}" * bool(table.note) for table in tables)
     keep(plan.results / "ablation.md", text + "\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
     keep(plan.results / "curves.svg", plot.curves_svg(drawn))

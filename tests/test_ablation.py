@@ -37,6 +37,15 @@ def test_arms_differ_in_one_thing():
     assert A.rounds(PLAN) == [A.trainings(PLAN, 0), A.trainings(PLAN, 1), others]
 
 
+def test_a_training_is_told_all_levels(tmp_path, monkeypatch):
+    plan, commands = replace(PLAN, output=tmp_path, trained_on=("deep", "plain")), []
+    assert plan.main == ("plain", "unseen", 6) and plan.curve == ("plain", "seen", 4)
+    monkeypatch.setattr(A.subprocess, "run", lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1))
+    with pytest.raises(ValueError, match="stage1-0 failed"):
+        A.train(plan, A.trainings(plan, 0)[0])
+    assert " --level deep plain --shards " in " ".join(commands[0])
+
+
 def test_what_is_measured_needs_no_training_again(tmp_path):
     """Trained is what lacks a score and is not there; of that also its start."""
     plan = replace(PLAN, output=tmp_path, results=tmp_path / "results")
