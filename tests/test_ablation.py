@@ -46,6 +46,11 @@ def test_a_training_is_told_all_levels(tmp_path, monkeypatch):
     assert " --level deep plain --shards " in " ".join(commands[0])
 
 
+def test_facts_hold_the_world_of_training():
+    plan = replace(PLAN, base=Path(A.__file__).parent.parent / "weights/nano", preset="nano", trained_on=("plain",), levels=())
+    assert set(A.facts_of(plan)["worlds"]) == {"plain"}
+
+
 def test_what_is_measured_needs_no_training_again(tmp_path):
     """Trained is what lacks a score and is not there; of that also its start."""
     plan = replace(PLAN, output=tmp_path, results=tmp_path / "results")
