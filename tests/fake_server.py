@@ -90,7 +90,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         try:
-            self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+            length = int(self.headers["Content-Length"])
+            raw = self.rfile.read(length)
+            if len(raw) == length:  # else the client was killed while it sent: no request arrived
+                self.answer(raw)
         except ConnectionError:
             pass  # the client has gone
 

@@ -5,6 +5,7 @@ import email.utils
 import hashlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -239,6 +240,16 @@ def test_a_killed_run_repeats_no_answered_call(tmp_path):
     assert after["answered_more_than_once"] <= before["answered"] - len(kept)
     assert all(answers for _, answers in after["bodies"].values()) and len(after["bodies"]) == jobs
     assert set(HTTP_FAILURES) <= set(after["drawn"])  # the failures were there
+
+
+def test_half_a_request_is_none():
+    """A client killed while it sends leaves half a body, which the counts of the fake server must not hold."""
+    with FakeServer() as server:
+        with socket.create_connection(server.server_address) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 40\r\n\r\n{")
+            client.shutdown(socket.SHUT_WR)
+            client.recv(100)  # until the server has closed, or answered
+        assert server.stats()["requests"] == 0
 
 
 def test_ctrl_c_keeps_what_was_asked(tmp_path):
