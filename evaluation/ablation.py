@@ -5,10 +5,10 @@ Every arm starts from one base and sees the same samples, noise and times in the
 paired. Besides: the weight of the latent depth loss on one seed, and the last arm with its geometry tokens set to zero or
 taken from another picture, to see whether they are used.
 
-One seed after the other is trained and measured, the other weights last, and the tables are written after each. What they
-need, the scores of every scene and the logs, is kept in the folder of results, which is small and need not stay beside
-the trained weights: the same command goes on from it, trains what has not been measured and writes the tables anew. A
-killed run loses nothing but the steps after a checkpoint.
+One seed after the other is trained and measured, the other weights last, and the tables are written after each; with
+--jobs, a core that is free begins with the next. What the tables need, the scores of every scene and the logs, is kept in
+the folder of results, which is small and need not stay beside the trained weights: the same command goes on from it,
+trains what has not been measured and writes the tables anew. A killed run loses nothing but the steps after a checkpoint.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -187,8 +188,9 @@ def to_measure(plan: Plan, trained: list[Training]) -> dict[tuple[str, str, int]
 def to_train(plan: Plan, wanted: list[Training]) -> list[Training]:
     """What the measurements still to do need and is not there, in order."""
     needed = {model.training for group in to_measure(plan, wanted).values() for model in group} - {None}
-    undone = {training for training in needed if not (plan.output / training.name / DONE).is_file()}
-    undone |= {training.start for training in undone if training.start and not (plan.output / training.start.name / DONE).is_file()}
+    there = lambda training: (plan.output / training.name / DONE).is_file() and log_file(plan, training.name).is_file()
+    undone = {training for training in needed if not there(training)}
+    undone |= {training.start for training in undone if training.start and not there(training.start)}
     starts = [training.start for training in wanted if training.start]
     return [training for training in dict.fromkeys((*starts, *wanted)) if training in undone]
 
@@ -196,11 +198,9 @@ def to_train(plan: Plan, wanted: list[Training]) -> list[Training]:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def train(plan: Plan, training: Training, after: Future | None = None, probe: int = 0) -> None:
-    """One training, from where it stopped if it did. after: that of its start, if it is under way. probe: steps of a trial
-    in a folder of its own, its log's last line tells the seconds."""
-    if after:
-        after.result()
+def train(plan: Plan, training: Training, probe: int = 0) -> None:
+    """One training, from where it stopped if it did. probe: steps of a trial in a folder of its own, its log's last line
+    tells the seconds."""
     folder = plan.output / ("probe" if probe else "") / training.name
     command = [
         sys.executable, ROOT / "train.py", "--preset", plan.preset, "--weights", plan.base, "--stage", training.stage, "--level", *plan.trained_on,
@@ -222,16 +222,6 @@ def train(plan: Plan, training: Training, after: Future | None = None, probe: in
         log = [line | {"core_seconds": line["seconds"] * plan.threads} for line in log_of(folder / "log.jsonl")]
         keep(log_file(plan, training.name), "".join(json.dumps(line) + "\n" for line in log))
         (folder / DONE).touch()
-
-
-def train_all(plan: Plan, todo: list[Training]) -> None:
-    """`plan.jobs` at once; an arm waits for its seed's stage 1."""
-    with ThreadPoolExecutor(plan.jobs) as pool:
-        started: dict[Training, Future] = {}
-        for training in todo:
-            started[training] = pool.submit(train, plan, training, started.get(training.start))
-        for future in started.values():
-            future.result()
 
 
 def estimate(plan: Plan, todo: list[Training]) -> float:
@@ -283,20 +273,18 @@ def measure(plan: Plan, model: Model, where: tuple[str, str, int], ceiling: list
     return values[CEILING]
 
 
-def measure_group(group: tuple[Plan, tuple, list[Model]]) -> None:
-    plan, where, chosen = group
+def measure_all(plan: Plan, where: tuple[str, str, int], chosen: list[Model]) -> None:
+    """On the same scenes, which are rendered once; in a process of its own, as the trainings are."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(measure_here, (plan, where, chosen))
+
+
+def measure_here(plan: Plan, where: tuple[str, str, int], chosen: list[Model]) -> None:
     torch.set_num_threads(plan.threads)
     ceiling = None
     for model in chosen:
-        ceiling = measure(plan, model, where, ceiling)
-
-
-def measure_all(plan: Plan, trained: list[Training]) -> None:
-    """Each process measures all models on the same scenes, which are rendered once."""
-    groups = sorted(((plan, *group) for group in to_measure(plan, trained).items()), key=lambda group: -len(group[2]) * group[1][2])
-    with multiprocessing.get_context("spawn").Pool(plan.jobs) as pool:
-        for _ in pool.imap_unordered(measure_group, groups, chunksize=1):
-            pass
+        if not score_file(plan, model.name, where).is_file():  # the base is in every round
+            ceiling = measure(plan, model, where, ceiling)
 
 
 def column(found: dict, metric: str) -> np.ndarray:
@@ -310,6 +298,43 @@ def as_cell(values: np.ndarray) -> dict | None:
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    round: int
+    needs: frozenset  # keys of the jobs that must have ended
+    function: Callable
+    arguments: tuple
+
+
+def jobs_to_do(plan: Plan, planned: list[list[Training]]) -> dict:
+    """In the order in which they begin. Keys: a training; (round, where) of a measurement."""
+    jobs: dict = {}
+    for n, wanted in enumerate(planned):
+        for training in to_train(plan, wanted):
+            if training not in jobs:
+                jobs[training] = Job(n, frozenset({training.start} & jobs.keys()), train, (plan, training))
+        for where, chosen in sorted(to_measure(plan, wanted).items(), key=lambda group: -len(group[1]) * group[0][2]):
+            needs = {(n - 1, where), *(model.training for model in chosen)} & jobs.keys()
+            jobs[n, where] = Job(n, frozenset(needs), measure_all, (plan, where, chosen))
+    return jobs
+
+
+def carry_out(plan: Plan, jobs: dict) -> Iterator[set]:
+    """`plan.jobs` at once, each as soon as it can; yields the keys of what is left after one has ended."""
+    left, running = dict(jobs), {}
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        while left or running:
+            undone = left.keys() | set(running.values())
+            ready = [key for key, job in left.items() if not job.needs & undone]
+            for key in ready[:plan.jobs - len(running)]:
+                job = left.pop(key)
+                running[pool.submit(job.function, *job.arguments)] = key
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                ended.result()
+                del running[ended]
+            yield left.keys() | set(running.values())
 
 
 def facts_of(plan: Plan) -> dict:
@@ -335,15 +360,19 @@ def run(plan: Plan) -> None:
         raise ValueError(f"{plan.results} holds results of another ladder: it differs in {differing}. Give the same options, or other folders.")
     keep(kept, json.dumps(facts, indent=1) + "\n")
     began, planned = time.time(), rounds(plan)
-    todo = list(dict.fromkeys(training for wanted in planned for training in to_train(plan, wanted)))
+    jobs = jobs_to_do(plan, planned)
+    todo = [key for key in jobs if isinstance(key, Training)]
     left = estimate(plan, todo)
     print(f"\n{len(todo)} trainings are to do and take about {left / 3600:.1f} h here, measured on a few steps. After each seed's, its models are "
           f"measured on {plan.scenes} scenes of {len(plan.levels)} levels and 2 splits each.", flush=True)
-    for done, wanted in enumerate(planned, start=1):
-        if to_measure(plan, wanted) or done == len(planned):
-            train_all(plan, to_train(plan, wanted))
-            measure_all(plan, wanted)
-            write(replace(plan, seeds=min(done, plan.seeds)), planned[:done], time.time() - began)
+    report = lambda rounds: write(replace(plan, seeds=min(rounds, plan.seeds)), planned[:rounds], time.time() - began)
+    whole = min((job.round for job in jobs.values()), default=0)  # rounds; of these nothing is to do
+    for undone in carry_out(plan, jobs):
+        before, whole = whole, min((jobs[key].round for key in undone), default=len(planned))
+        if whole > before:
+            report(whole)
+    if not jobs:
+        report(len(planned))
 
 
 def ladder(plan: Plan, with_weights: bool) -> list[pages.Table]:
@@ -385,7 +414,7 @@ def table(caption: str, columns: dict[str, list[dict] | tuple], note: str = "") 
 def ladder_tables(found: dict[str, list[dict]], where: str, plan: Plan) -> list[pages.Table]:
     steps = {f"{two} over {one.strip('+ ')}": (found[one], found[two]) for one, two in zip(LADDER, LADDER[1:])}
     note = f"An interval that holds 0 shows no difference. Less is better of {', '.join(LESS_IS_BETTER)}."
-    return [table(f"{where}: {plan.scenes} scenes, {plan.seeds} seeds; mean [95 % interval over seeds and scenes]", found),
+    return [table(f"{where}: {plan.scenes} scenes, {plan.seeds} seed{'s' * (plan.seeds > 1)}; mean [95 % interval over seeds and scenes]", found),
             table(f"{where}: each step of the ladder, paired by scene and seed; difference [95 % interval]", steps, note)]
 
 

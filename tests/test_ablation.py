@@ -6,6 +6,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -64,9 +65,52 @@ def test_what_is_measured_needs_no_training_again(tmp_path):
     assert [training.name for training in A.to_train(plan, second)] == ["stage1-1", "geometry_tokens-1"]
     (tmp_path / "stage1-1").mkdir()
     (tmp_path / "stage1-1" / A.DONE).touch()
+    assert A.to_train(plan, second)[0].name == "stage1-1"  # its log is not among the results
+    A.keep(A.log_file(plan, "stage1-1"), "")
     assert [training.name for training in A.to_train(plan, second)] == ["geometry_tokens-1"]
     A.score_file(plan, A.BASE, plan.main).parent.mkdir(exist_ok=True)
     assert {where: [m.name for m in group] for where, group in A.to_measure(plan, second).items()} == {plan.curve: ["geometry_tokens-1-step2"]}
+
+
+def test_a_free_core_begins_with_the_next_seed(tmp_path, monkeypatch):
+    """Two at once: an arm after its stage 1, a measurement after what it measures, all else as early as it can."""
+    plan = replace(PLAN, jobs=2, output=tmp_path, results=tmp_path / "results")
+    events, slow = [], {"stage1-0": 0.1, "geometry_tokens-0": 0.2, "depth_in_pixels-0": 0.6}
+
+    def job(name):
+        events.append(("begin", name))
+        time.sleep(slow.get(name, 0.02))
+        events.append(("end", name))
+
+    monkeypatch.setattr(A, "train", lambda plan, training: job(training.name))
+    monkeypatch.setattr(A, "measure_all", lambda plan, where, chosen: job((where, *(model.name for model in chosen))))
+    jobs = A.jobs_to_do(plan, A.rounds(plan))
+    lefts = list(A.carry_out(plan, jobs))
+    assert len(events) == 2 * len(jobs) and lefts[-1] == set()
+    at = {event: i for i, event in enumerate(events)}
+    running = np.cumsum([1 if kind == "begin" else -1 for kind, _ in events])
+    assert running.max() == 2
+    for key in jobs:
+        if isinstance(key, A.Training) and key.start:
+            assert at["end", key.start.name] < at["begin", key.name]
+    for _, name in at:
+        for model in name[1:] if isinstance(name, tuple) else ():
+            trained = model.split("-step")[0].split("-geometry_of")[0]
+            assert model == A.BASE or at["end", trained] < at["begin", name]
+    assert at["begin", "stage1-1"] < at["end", "depth_in_pixels-0"]
+
+
+def test_nothing_begins_after_a_training_has_failed(tmp_path, monkeypatch):
+    plan, begun = replace(PLAN, output=tmp_path, results=tmp_path / "results"), []
+
+    def fail(plan, training):
+        begun.append(training.name)
+        raise ValueError("The training failed.")
+
+    monkeypatch.setattr(A, "train", fail)
+    with pytest.raises(ValueError, match="The training failed"):
+        list(A.carry_out(plan, A.jobs_to_do(plan, A.rounds(plan))))
+    assert begun == ["stage1-0"]
 
 
 def found(success, **metrics):
