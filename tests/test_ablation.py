@@ -166,7 +166,7 @@ def test_the_whole_ladder_and_what_is_done_again(tiny, tmp_path):  # noqa: F811
         return done.stdout
 
     first = run()
-    assert first.count("1 seeds; mean") == 2 and first.count("2 seeds; mean") == 4  # after each seed and the other weights
+    assert first.count("1 seed; mean") == 2 and first.count("2 seeds; mean") >= 2  # seed 1 may end after the other weights
     assert first.count("weight of the latent depth loss") == 1
     assert "13 trainings" in first and first.count("out/depth_in_pixels-1: stage 2, seed 1") == 1
     results = tmp_path / "out/results"
@@ -178,7 +178,7 @@ def test_the_whole_ladder_and_what_is_done_again(tiny, tmp_path):  # noqa: F811
     (lost / A.DONE).unlink()
     next(path for path in kept if path.name == "depth_in_latents-1-plain-seen-4.json").unlink()
     again = run()
-    assert "1 seeds; mean" not in again  # nothing new of the first seed: no tables of it alone
+    assert "1 seed; mean" not in again  # nothing new of the first seed: no tables of it alone
     assert again.count(": stage 2") == 4 + 1 and "0.0 h" in again  # four trials; from its last checkpoint: nothing is left to train
     shutil.move(results, tmp_path / "kept")  # results alone, without what was trained: the tables come out again
     shutil.rmtree(tmp_path / "out")
