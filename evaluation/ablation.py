@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -283,8 +284,7 @@ def measure_here(plan: Plan, where: tuple[str, str, int], chosen: list[Model]) -
     torch.set_num_threads(plan.threads)
     ceiling = None
     for model in chosen:
-        if not score_file(plan, model.name, where).is_file():  # the base is in every round
-            ceiling = measure(plan, model, where, ceiling)
+        ceiling = measure(plan, model, where, ceiling)
 
 
 def column(found: dict, metric: str) -> np.ndarray:
@@ -316,25 +316,26 @@ def jobs_to_do(plan: Plan, planned: list[list[Training]]) -> dict:
             if training not in jobs:
                 jobs[training] = Job(n, frozenset({training.start} & jobs.keys()), train, (plan, training))
         for where, chosen in sorted(to_measure(plan, wanted).items(), key=lambda group: -len(group[1]) * group[0][2]):
-            needs = {(n - 1, where), *(model.training for model in chosen)} & jobs.keys()
-            jobs[n, where] = Job(n, frozenset(needs), measure_all, (plan, where, chosen))
+            chosen = [model for model in chosen if model.training or n == 0]  # the base once
+            if chosen:
+                needs = {model.training for model in chosen} & jobs.keys()
+                jobs[n, where] = Job(n, frozenset(needs), measure_all, (plan, where, chosen))
     return jobs
 
 
 def carry_out(plan: Plan, jobs: dict) -> Iterator[set]:
     """`plan.jobs` at once, each as soon as it can; yields the keys of what is left after one has ended."""
-    left, running = dict(jobs), {}
+    left, running, undone = dict(jobs), {}, set(jobs)
     with ThreadPoolExecutor(plan.jobs) as pool:
-        while left or running:
-            undone = left.keys() | set(running.values())
+        while undone:
             ready = [key for key, job in left.items() if not job.needs & undone]
             for key in ready[:plan.jobs - len(running)]:
                 job = left.pop(key)
                 running[pool.submit(job.function, *job.arguments)] = key
             for ended in wait(running, return_when=FIRST_COMPLETED).done:
                 ended.result()
-                del running[ended]
-            yield left.keys() | set(running.values())
+                undone.remove(running.pop(ended))
+            yield undone
 
 
 def facts_of(plan: Plan) -> dict:
@@ -365,14 +366,12 @@ def run(plan: Plan) -> None:
     left = estimate(plan, todo)
     print(f"\n{len(todo)} trainings are to do and take about {left / 3600:.1f} h here, measured on a few steps. After each seed's, its models are "
           f"measured on {plan.scenes} scenes of {len(plan.levels)} levels and 2 splits each.", flush=True)
-    report = lambda rounds: write(replace(plan, seeds=min(rounds, plan.seeds)), planned[:rounds], time.time() - began)
-    whole = min((job.round for job in jobs.values()), default=0)  # rounds; of these nothing is to do
-    for undone in carry_out(plan, jobs):
-        before, whole = whole, min((jobs[key].round for key in undone), default=len(planned))
-        if whole > before:
-            report(whole)
-    if not jobs:
-        report(len(planned))
+    unwritten = sorted({job.round for job in jobs.values()} | {len(planned) - 1})  # rounds with something new, and the last
+    for undone in chain([set(jobs)], carry_out(plan, jobs)):
+        first = min((jobs[key].round for key in undone), default=len(planned))
+        while unwritten and unwritten[0] < first:
+            done = unwritten.pop(0) + 1
+            write(replace(plan, seeds=min(done, plan.seeds)), planned[:done], time.time() - began)
 
 
 def ladder(plan: Plan, with_weights: bool) -> list[pages.Table]:
