@@ -514,8 +514,8 @@ def base_editor(preset: Preset, vae: AutoEncoder, args: argparse.Namespace) -> E
     words of the levels and of --weights alone, so that a word never seen in training is refused."""
     words = {word for level in args.level for word in scenes.vocabulary(level)}
     tokenizer = build_word_tokenizer(words, load_tokenizers(preset, args.start)[0] if args.start else None)
-    if (count := tokenizer.get_vocab_size()) > preset.t5.vocabulary:
-        raise ValueError(f"{count} words are more than the {preset.t5.vocabulary} of preset {preset.name}: take fewer levels.")
+    if (count := max(tokenizer.get_vocab().values()) + 1) > preset.t5.vocabulary:
+        raise ValueError(f"The words need {count} ids, more than the {preset.t5.vocabulary} of preset {preset.name}: take fewer levels.")
     tokenizer.save(str(args.output / "tokenizer.json"))
     model = SpatialDiff(preset).to(args.device)
     if args.start:

@@ -224,8 +224,9 @@ def build_word_tokenizer(phrases: Iterable[str], known: Tokenizer | None = None)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}]+"), "removed")
     lower, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
     words = sorted({word for phrase in phrases for word, _ in split(lower(phrase))})
-    first = ("<pad>", "</s>", "<unk>") if known is None else sorted(known.get_vocab(), key=known.token_to_id)
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys((*first, *words)))}
+    vocabulary = dict(known.get_vocab()) if known else {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    first = max(vocabulary.values()) + 1  # ids of `known` may have gaps
+    vocabulary |= {word: first + n for n, word in enumerate(word for word in words if word not in vocabulary)}
     tokenizer.model = models.WordLevel(vocabulary, unk_token="<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>")

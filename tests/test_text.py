@@ -28,10 +28,12 @@ from model.text import (
     tokenize,
     unknown_words,
 )
+from scenes import vocabulary
 
 # first distance of each bucket of T5 (32 buckets, 128): recorded from transformers 5.23.0
 FIRST_DISTANCES = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91]
 T5_TINY = T5Config(vocabulary=50, width=24, depth=2, heads=3, head_dim=10, mlp_hidden=40)
+SHIPPED = Path(__file__).parent.parent / "weights/nano/tokenizer.json"
 CLIP_TINY = CLIPConfig(vocabulary=50, length=9, width=24, depth=2, heads=3, mlp_hidden=40, eos_token_id=1)
 
 
@@ -164,6 +166,22 @@ def test_new_words_follow_the_known_ones(tokenizer):
     ids = build_word_tokenizer(["a red zebra"], tokenizer).get_vocab()
     assert {word: i for word, i in ids.items() if i < 12} == tokenizer.get_vocab()
     assert (ids["a"], ids["zebra"], len(ids)) == (12, 13, 14)
+
+
+def test_known_ids_with_gaps_stay(tmp_path, tokenizer):
+    facts = json.loads(tokenizer.to_str())
+    gone = facts["model"]["vocab"].pop("left")
+    (tmp_path / "gaps.json").write_text(json.dumps(facts))
+    known = load_tokenizer(tmp_path / "gaps.json")
+    ids = build_word_tokenizer(["left of a cube"], known).get_vocab()
+    assert {word: i for word, i in ids.items() if i < 12} == known.get_vocab() and gone not in ids.values()
+    assert (ids["a"], ids["left"], len(ids)) == (12, 13, 13)
+
+
+def test_shipped_ids_stay_when_training_goes_on():
+    known = load_tokenizer(SHIPPED)
+    ids = build_word_tokenizer(vocabulary("plain"), known).get_vocab()
+    assert known.get_vocab().items() <= ids.items() and len(set(ids.values())) == len(ids)
 
 
 def test_cut_prompt_warns_with_the_lost_words(tokenizer):
