@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ SHOWN = ("success", "effect_iou", "centroid_err", "ghost", "arrival", "bg_psnr",
 LESS_IS_BETTER = ("centroid_err", "ghost", "depth_rmse")
 SHEET = 8  # scenes
 DONE = "done"  # a file in the folder of a finished training
+RUNNING: set[subprocess.Popen] = set()  # trainings
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,10 @@ def train(plan: Plan, training: Training, probe: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as output:
         environment = os.environ | {"OMP_NUM_THREADS": str(plan.threads)}
-        failed = subprocess.run([str(x) for x in command], env=environment, stdout=output, stderr=output).returncode
+        process = subprocess.Popen([str(x) for x in command], env=environment, stdout=output, stderr=output)
+    RUNNING.add(process)
+    failed = process.wait()
+    RUNNING.remove(process)
     if failed:
         raise ValueError(f"The training of {folder} failed, see {folder}/output.txt; the same command goes on from its last checkpoint.")
     if not probe:
@@ -353,8 +358,17 @@ def facts_of(plan: Plan) -> dict:
             "files of scenes": plan.shards}
 
 
+def stop(number: int, _) -> None:
+    """On Ctrl-C and SIGTERM: trainings and measurements end too, lest two write into one folder when the command is given again."""
+    for process in (*RUNNING, *multiprocessing.active_children()):
+        process.terminate()
+    os._exit(128 + number)
+
+
 def run(plan: Plan) -> None:
     """Trains, measures, and after each round writes ablation.md, ablation.html and curves.svg into the folder of results."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     facts, kept = facts_of(plan), plan.results / "plan.json"
     if kept.is_file() and (then := json.loads(kept.read_text())) != facts:
         differing = ", ".join(key for key in facts if then.get(key) != facts[key])

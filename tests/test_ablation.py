@@ -4,6 +4,7 @@
 """
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +42,9 @@ def test_arms_differ_in_one_thing():
 def test_a_training_is_told_all_levels(tmp_path, monkeypatch):
     plan, commands = replace(PLAN, output=tmp_path, trained_on=("deep", "plain")), []
     assert plan.main == ("plain", "unseen", 6) and plan.curve == ("plain", "seen", 4)
-    monkeypatch.setattr(A.subprocess, "run", lambda command, **_: commands.append(command) or subprocess.CompletedProcess(command, 1))
+    failing = [sys.executable, "-c", "raise SystemExit(1)"]
+    popen = A.subprocess.Popen
+    monkeypatch.setattr(A.subprocess, "Popen", lambda command, **rest: commands.append(command) or popen(failing, **rest))
     with pytest.raises(ValueError, match="stage1-0 failed"):
         A.train(plan, A.trainings(plan, 0)[0])
     assert " --level deep plain --shards " in " ".join(commands[0])
@@ -118,6 +121,25 @@ def test_nothing_begins_after_a_training_has_failed(tmp_path, monkeypatch):
 def found(success, **metrics):
     """Of one seed."""
     return {"metrics": {"success": list(success)} | {k: list(v) for k, v in metrics.items()}, "relations": list("aabb")}
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_ends_the_trainings_too(number, tmp_path):
+    beats = tmp_path / "beats"
+    (tmp_path / "train.py").write_text(f"import time\nfor _ in range(600):\n    open({str(beats)!r}, 'a').write('.')\n    time.sleep(0.1)\n")
+    here = Path(__file__).parent.parent
+    plan = replace(PLAN, base=here / "weights/nano", output=tmp_path, results=tmp_path / "results", preset="nano")
+    code = f"from pathlib import *\nfrom evaluation import ablation as A\nA.ROOT = Path({str(tmp_path)!r})\nA.run(A.{plan!r})"
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=here)
+    while not beats.is_file():
+        assert command.poll() is None
+        time.sleep(0.1)
+    command.send_signal(number)
+    assert command.wait(10) == 128 + number
+    time.sleep(0.3)
+    count = beats.stat().st_size
+    time.sleep(1)
+    assert beats.stat().st_size == count
 
 
 def test_tables_pair_scenes_and_seeds():
