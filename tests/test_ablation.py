@@ -123,13 +123,14 @@ def found(success, **metrics):
     return {"metrics": {"success": list(success)} | {k: list(v) for k, v in metrics.items()}, "relations": list("aabb")}
 
 
+@pytest.mark.parametrize("measuring", ("", "A.train = lambda *_, **__: A.multiprocessing.get_context('spawn').Pool(1).apply(exec, ((A.ROOT / 'train.py').read_text(),))\n"))
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_a_signal_ends_the_trainings_too(number, tmp_path):
+def test_a_signal_ends_trainings_and_measurements_too(number, measuring, tmp_path):
     beats = tmp_path / "beats"
     (tmp_path / "train.py").write_text(f"import time\nfor _ in range(600):\n    open({str(beats)!r}, 'a').write('.')\n    time.sleep(0.1)\n")
     here = Path(__file__).parent.parent
     plan = replace(PLAN, base=here / "weights/nano", output=tmp_path, results=tmp_path / "results", preset="nano")
-    code = f"from pathlib import *\nfrom evaluation import ablation as A\nA.ROOT = Path({str(tmp_path)!r})\nA.run(A.{plan!r})"
+    code = f"from pathlib import *\nfrom evaluation import ablation as A\nA.ROOT = Path({str(tmp_path)!r})\n{measuring}A.run(A.{plan!r})"
     command = subprocess.Popen([sys.executable, "-c", code], cwd=here)
     while not beats.is_file():
         assert command.poll() is None
