@@ -38,6 +38,7 @@ def parse() -> argparse.Namespace:
     edit.add_argument("--image", type=Path, help="picture to edit, any format; default: a rendered scene, chosen by --seed")
     edit.add_argument("--prompt", help="instruction; default: the rendered scene's own")
     edit.add_argument("--seed", type=int, default=0, help="of the noise, and of the rendered scene (default 0)")
+    edit.add_argument("--level", default="plain", choices=scenes.LEVELS, help="difficulty of the rendered scene")
     edit.add_argument("--steps", type=int, help="Euler steps; default: the preset's (FLUX: 30)")
     edit.add_argument("--guidance", type=float, help="guidance embedding; default: the preset's (FLUX: 2.5)")
     model = parser.add_argument_group("model")
@@ -88,7 +89,7 @@ def edit(args: argparse.Namespace) -> None:
     if args.image:
         picture = open_image(args.image)
     else:
-        pair = scenes.make_pair(args.seed, size=preset.side, index=0, extras=False)
+        pair = scenes.make_pair(args.seed, args.level, size=preset.side, index=0, extras=False)
         picture = pair.ref
         if prompt is None:
             prompt = pair.instruction

@@ -92,6 +92,11 @@ def test_no_options_from_a_shell(weights, tmp_path):
     assert np.array_equal(sheet[:, :48], pair.ref) and np.array_equal(sheet[:, -48:], pair.tgt)
 
 
+def test_scene_of_another_level(run):
+    folder = run("--level", "textured", "--seed", 1)
+    assert np.array_equal(open_image(folder / "edit_compare.png")[:, :48], make_pair(1, "textured", size=48, index=0).ref)
+
+
 def test_no_traceback_in_a_shell(weights, tmp_path):
     command = [sys.executable, ROOT / "sample.py", "--weights", tmp_path / "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
