@@ -17,11 +17,11 @@ def test_weights_fit_the_repository():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split, least", [("seen", 0.75), ("unseen", 0.75)])
-def test_objects_arrive(split, least):
+@pytest.mark.parametrize("level, split, least", [("plain", "seen", 0.75), ("plain", "unseen", 0.75), ("hard", "seen", 0.3), ("hard", "unseen", 0.3)])
+def test_objects_arrive(level, split, least):
     """Bounds are the README's figures less three standard errors of 48 scenes."""
     editor = load(NANO, FOLDER, STAGE2)
-    values, *_ = evaluate(editor, "plain", split, 48, 7, NANO.side, 24, 1, steps=NANO.steps, guidance=1.0)
+    values, *_ = evaluate(editor, level, split, 48, 7, NANO.side, 24, 1, steps=NANO.steps, guidance=1.0)
     rate = {row: np.mean([v["success"] for v in values[row]]) for row in values}
     assert rate[MODEL] >= least and rate[CEILING] >= 0.95 and rate[COPY] <= 0.05
     assert rate[SHUFFLED] <= rate[MODEL] / 3
