@@ -17,12 +17,12 @@ def test_weights_fit_the_repository():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level, split, least", [
-    ("plain", "seen", 0.75), ("plain", "unseen", 0.8), ("hard", "seen", 0.21), ("hard", "unseen", 0.29)])
-def test_objects_arrive(level, split, least):
+@pytest.mark.parametrize("level, split, least, ceiling", [
+    ("plain", "seen", 0.75, 0.98), ("plain", "unseen", 0.8, 0.98), ("hard", "seen", 0.21, 0.9), ("hard", "unseen", 0.29, 0.94)])
+def test_objects_arrive(level, split, least, ceiling):
     """Bounds are the README's figures less three standard errors of 48 scenes."""
     editor = load(NANO, FOLDER, STAGE2)
     values, *_ = evaluate(editor, level, split, 48, 7, NANO.side, 24, 1, steps=NANO.steps, guidance=1.0)
     rate = {row: np.mean([v["success"] for v in values[row]]) for row in values}
-    assert rate[MODEL] >= least and rate[CEILING] >= 0.95 and rate[COPY] <= 0.05
+    assert rate[MODEL] >= least and rate[CEILING] >= ceiling and rate[COPY] <= 0.05
     assert rate[SHUFFLED] <= rate[MODEL] / 3
