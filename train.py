@@ -66,6 +66,7 @@ RECIPES = {
     ("kontext", "2"): Recipe(steps=20_000),
     ("tiny", "overfit"): Recipe(1500, 16, 16, 3e-3, 0.0, (0.9, 0.98), 0.0, 50, 0.5, 1.0, 0.98),
     ("nano", "vae"): Recipe(2500, 8, 8, 2e-3, 1e-3, (0.9, 0.98), 0.0, 50, 0.4, 1.0, 0.998),
+    ("nano", "decoder"): Recipe(1200, 8, 8, 1e-3, 5e-4, (0.9, 0.98), 0.0, 50, 0.4, 1.0, 0.998),
     ("nano", "vggt"): Recipe(1200, 16, 16, 1e-3, 2e-3, (0.9, 0.98), 0.0, 50, 0.6, 1.0, 0.99),
     ("nano", "mmdit"): Recipe(5500, 32, 32, 1e-3, 2e-3, (0.9, 0.98), 0.02, 60, 0.6, 1.0, 0.998),
     ("nano", "1"): Recipe(300, 32, 32, 1e-3, 0.0, (0.9, 0.99), 0.01, 40, 0.5, 1.0, 0.99),
@@ -133,13 +134,15 @@ def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
 
 
 class VAETask:
-    """Base, first part: the autoencoder, on pictures and (a quarter of each batch) depth maps."""
+    """Base, first part: the autoencoder, on pictures and (a quarter of each batch) depth maps. `decoder`: the decoder alone,
+    on latents without noise; they stay what they are, and so does every network that has learned them."""
 
-    def __init__(self, preset: Preset, shards: list[Path], vae: AutoEncoder, device: torch.device):
-        self.preset, self.device, self.vae = preset, device, vae
+    def __init__(self, preset: Preset, shards: list[Path], vae: AutoEncoder, device: torch.device, decoder: bool = False):
+        self.preset, self.device, self.vae, self.decoder = preset, device, vae, decoder
         self.images, self.depths = load_images(shards)
         self.count = len(self.images)
         self.modules = nn.ModuleDict({"vae": self.vae})
+        self.vae.encoder.requires_grad_(not decoder)
 
     def muon(self, name: str) -> bool:
         return ".conv_in." not in name and ".conv_out." not in name
@@ -154,7 +157,7 @@ class VAETask:
         mean, logvar = (m.float() for m in self.vae.encode_moments(x))
         logvar = logvar.clamp(-20, 10)
         noise = torch.randn(mean.shape, generator=generator).to(self.device)
-        y = self.vae.decoder(mean + (0.5 * logvar).exp() * noise).float()
+        y = self.vae.decoder(mean if self.decoder else mean + (0.5 * logvar).exp() * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = (y - x).abs().mean() + 0.5 * gradient_l1(y, x) + 10 * F.mse_loss(y, x) + 1e-3 * kl
         return loss, {"psnr": -10 * math.log10(F.mse_loss(y[quarter:], x[quarter:]).item() / 4), "kl": kl.item()}
@@ -167,7 +170,9 @@ class VAETask:
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
-        """Latents get unit scale first: the factor goes into the two layers beside the latent."""
+        """New latents get unit scale first: the factor goes into the two layers beside the latent."""
+        if self.decoder:
+            return save_part(folder, "vae", self.vae)
         parts = self.pictures(torch.arange(256)).split(16)
         std = torch.cat([self.vae.encode_moments(part)[0] for part in parts]).std()
         z = self.preset.vae.z_channels
@@ -433,7 +438,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to train").add_argument
     what("--stage", choices=("base", "1", "2"))
-    what("--part", choices=("vae", "vggt", "mmdit"), help="of stage base, this part only (default: all, in this order)")
+    what("--part", choices=tuple(LEARNED), help="of stage base, this part only (default: vae, vggt, mmdit); decoder: of the "
+         "autoencoder in --weights, its latents stay as they are")
     what("--preset", choices=tuple(PRESETS), help="default: that of --weights; nano without, and for stage base")
     what("--overfit", action="store_true", help="instead: learn one pair by heart, a check of the whole method (a minute)")
     what("--no-ism", action="store_true", help="stage 2 without spatial tokens: LoRA alone (the paper's ablation)")
@@ -449,7 +455,8 @@ def parse() -> argparse.Namespace:
     data = parser.add_argument_group("data").add_argument
     data("--data", default="scenes", metavar="FILE.jsonl", help="triples (see data.py); default: the rendered world")
     data("--no-cache", action="store_true", help="triples of a file: encode every batch anew; the encoders stay in memory")
-    data("--level", nargs="+", default=["plain"], choices=scenes.LEVELS, help="difficulty of the rendered scenes, one or several")
+    data("--level", nargs="+", default=["plain"], choices=scenes.LEVELS, help="difficulty of the rendered scenes, one or "
+         "several; one named twice counts twice")
     data("--move-shards", type=int, nargs="+", metavar="N", help="stage base: moves from the first N files of each level only, one number or "
          "one for each, to leave stage 2 some to learn")
     data("--shards", type=int, default=32, help=f"rendered files of {SHARD} scenes, of each level (default 32)")
@@ -472,6 +479,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--data {args.data}: files of triples are for --stage 1 and 2; the rest learns from the rendered world.")
     if args.keep and args.stage not in ("1", "2"):
         parser.error("--keep is for --stage 1 and 2.")
+    if args.part == "decoder" and not args.weights:
+        parser.error("--part decoder needs --weights: the folder with the autoencoder.")
     if args.rate <= 0:
         parser.error(f"--rate must be above 0, not {args.rate}.")
     if args.stage != "base" or not args.move_shards:
@@ -499,7 +508,7 @@ def init_base(mmdit: MMDiT) -> None:
             nn.init.xavier_uniform_(p)
 
 
-LEARNED = {"vae": ("vae",), "vggt": ("vggt",), "mmdit": ("mmdit", "t5", "clip")}  # networks by the parts of stage base
+LEARNED = {"vae": ("vae",), "decoder": ("vae",), "vggt": ("vggt",), "mmdit": ("mmdit", "t5", "clip")}  # networks by the parts of stage base
 
 
 def begin(preset: Preset, part: str, args: argparse.Namespace) -> nn.Module:
@@ -610,8 +619,8 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
     if args.data == "scenes":
         of_levels = [scene_shards(World(level, preset.side, shards=args.shards), args.cache) for level in args.level]
         shards = [shard for group in zip(*of_levels) for shard in group]  # the levels take turns
-        if part == "vae":
-            return VAETask(preset, shards[:24], begin(preset, "vae", args), args.device)
+        if part in ("vae", "decoder"):
+            return VAETask(preset, shards[:24], begin(preset, "vae", args), args.device, part == "decoder")
         if part == "vggt":
             return VGGTTask(preset, shards[:24], begin(preset, "vggt", args), args.device)
         if part in "12":

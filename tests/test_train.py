@@ -119,6 +119,7 @@ def test_parts_of_every_checkpoint_are_kept(tiny, tmp_path):
         assert all(torch.equal(last[key], result[key]) for key in result)
         assert any(not torch.equal(middle[key], result[key]) for key in result)
     assert "--keep is for" in run("--stage", "base", "--keep", code=2)
+    assert "needs --weights" in run("--stage", "base", "--part", "decoder", code=2)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -157,6 +158,10 @@ def test_base_of_two_levels(tiny, tmp_path):
     common = ["--stage", "base", "--preset", "tiny", "--level", "plain", "deep", "--shards", 2, "--move-shards", 1, "--steps", 4, "--batch", 4,
               "--cache", tmp_path / "cache", "--output", tmp_path / "out"]  # fmt: skip
     assert "data         4000 samples" in run(*common, "--part", "vae")  # pictures
+    run(*common, "--part", "decoder", "--weights", tmp_path / "out", "--output", tmp_path / "decoder")
+    before, after = (load_file(tmp_path / folder / "vae.safetensors") for folder in ("out", "decoder"))
+    assert {name.split(".")[0] for name, x in before.items() if not torch.equal(x, after[name])} == {"decoder"}
+    assert "data         3000 samples" in run(*common, "--part", "mmdit", "--level", "plain", "deep", "deep")  # deep counts twice
     assert "data         2000 samples" in run(*common, "--part", "mmdit")  # 4 x 250 other edits, 2 x 500 moves
     vocabulary = lambda folder: json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert {*scenes.vocabulary("plain"), *scenes.vocabulary("deep")} <= set(vocabulary(tmp_path / "out"))
