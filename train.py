@@ -134,15 +134,15 @@ def gradient_l1(a: Tensor, b: Tensor) -> Tensor:
 
 
 class VAETask:
-    """Base, first part: the autoencoder, on pictures and (a quarter of each batch) depth maps. `decoder`: the decoder alone,
-    on latents without noise; they stay what they are, and so does every network that has learned them."""
+    """Base, first part: the autoencoder, on pictures and (a quarter of each batch) depth maps. `decoder_only`:
+    the decoder learns, from latents without noise; they stay what they are, and so does every network that knows them."""
 
-    def __init__(self, preset: Preset, shards: list[Path], vae: AutoEncoder, device: torch.device, decoder: bool = False):
-        self.preset, self.device, self.vae, self.decoder = preset, device, vae, decoder
+    def __init__(self, preset: Preset, shards: list[Path], vae: AutoEncoder, device: torch.device, decoder_only: bool = False):
+        self.preset, self.device, self.vae, self.decoder_only = preset, device, vae, decoder_only
         self.images, self.depths = load_images(shards)
         self.count = len(self.images)
         self.modules = nn.ModuleDict({"vae": self.vae})
-        self.vae.encoder.requires_grad_(not decoder)
+        self.vae.encoder.requires_grad_(not decoder_only)
 
     def muon(self, name: str) -> bool:
         return ".conv_in." not in name and ".conv_out." not in name
@@ -157,7 +157,7 @@ class VAETask:
         mean, logvar = (m.float() for m in self.vae.encode_moments(x))
         logvar = logvar.clamp(-20, 10)
         noise = torch.randn(mean.shape, generator=generator).to(self.device)
-        y = self.vae.decoder(mean if self.decoder else mean + (0.5 * logvar).exp() * noise).float()
+        y = self.vae.decoder(mean if self.decoder_only else mean + (0.5 * logvar).exp() * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = (y - x).abs().mean() + 0.5 * gradient_l1(y, x) + 10 * F.mse_loss(y, x) + 1e-3 * kl
         return loss, {"psnr": -10 * math.log10(F.mse_loss(y[quarter:], x[quarter:]).item() / 4), "kl": kl.item()}
@@ -171,7 +171,7 @@ class VAETask:
     @torch.no_grad()
     def save(self, folder: Path) -> None:
         """New latents get unit scale first: the factor goes into the two layers beside the latent."""
-        if self.decoder:
+        if self.decoder_only:
             return save_part(folder, "vae", self.vae)
         parts = self.pictures(torch.arange(256)).split(16)
         std = torch.cat([self.vae.encode_moments(part)[0] for part in parts]).std()
