@@ -479,6 +479,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--data {args.data}: files of triples are for --stage 1 and 2; the rest learns from the rendered world.")
     if args.keep and args.stage not in ("1", "2"):
         parser.error("--keep is for --stage 1 and 2.")
+    if args.part and args.stage != "base":
+        parser.error("--part is for --stage base.")
     if args.part == "decoder" and not args.weights:
         parser.error("--part decoder needs --weights: the folder with the autoencoder.")
     if args.rate <= 0:
@@ -508,7 +510,8 @@ def init_base(mmdit: MMDiT) -> None:
             nn.init.xavier_uniform_(p)
 
 
-LEARNED = {"vae": ("vae",), "decoder": ("vae",), "vggt": ("vggt",), "mmdit": ("mmdit", "t5", "clip")}  # networks by the parts of stage base
+# Parts of stage base and the networks that learn in them.
+LEARNED = {"vae": ("vae",), "decoder": ("vae",), "vggt": ("vggt",), "mmdit": ("mmdit", "t5", "clip")}
 
 
 def begin(preset: Preset, part: str, args: argparse.Namespace) -> nn.Module:

@@ -64,6 +64,8 @@ def test_another_run_is_not_resumed(tmp_path):
 
 def test_careless_options(tmp_path):
     assert "say what to train" in run(code=2)
+    assert "--part is for --stage base" in run("--stage", 1, "--part", "vae", code=2)
+    assert "needs --weights" in run("--stage", "base", "--part", "decoder", code=2)
     text = run("--stage", 2, "--weights", tmp_path, "--output", tmp_path, "--shards", 1, "--cache", tmp_path, code=2)
     assert "Stage 2 starts from stage 1's Connector" in text
 
@@ -119,7 +121,23 @@ def test_parts_of_every_checkpoint_are_kept(tiny, tmp_path):
         assert all(torch.equal(last[key], result[key]) for key in result)
         assert any(not torch.equal(middle[key], result[key]) for key in result)
     assert "--keep is for" in run("--stage", "base", "--keep", code=2)
-    assert "needs --weights" in run("--stage", "base", "--part", "decoder", code=2)
+
+
+@pytest.mark.parametrize("decoder_only", [True, False])
+def test_decoder_alone_leaves_the_latents(tmp_path, monkeypatch, decoder_only):
+    """Then the loss depends on no noise, the encoder has no gradient, and it is saved as it was."""
+    images = torch.randint(256, (256, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(train, "load_images", lambda shards: (images, images[..., 0].half() / 255))
+    vae = build(PRESETS["tiny"], "vae")
+    before = {name: x.bfloat16() for name, x in vae.state_dict().items()}
+    task = train.VAETask(PRESETS["tiny"], [], vae, torch.device("cpu"), decoder_only)
+    first, second = (task.loss(torch.arange(8), torch.Generator().manual_seed(seed))[0] for seed in (0, 1))
+    assert torch.equal(first, second) == decoder_only
+    first.backward()
+    assert all((p.grad is None) == (decoder_only and name.startswith("encoder.")) for name, p in vae.named_parameters())
+    task.save(tmp_path)
+    after = load_file(tmp_path / "vae.safetensors")
+    assert all(torch.equal(after[name], x) for name, x in before.items()) == decoder_only
 
 
 @pytest.mark.parametrize("cached", [True, False])
