@@ -37,7 +37,7 @@ from spatialdiff import (
     load_tokenizers, losses, make_noise, sample, sample_times, to_uint8, to_unit,
 )
 from triples.encode import FileTriples
-from triples.world import SHARD, SceneTriples, World, disparity, encode_scenes, load_images, scene_shards
+from triples.world import SHARD, SceneTriples, World, disparity, encode_scenes, load_images, mirror_shards, scene_shards
 
 LOG_EVERY = 50
 TIME_BINS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 1.0)  # the loss is logged in each
@@ -457,6 +457,8 @@ def parse() -> argparse.Namespace:
     data("--no-cache", action="store_true", help="triples of a file: encode every batch anew; the encoders stay in memory")
     data("--level", nargs="+", default=["plain"], choices=scenes.LEVELS, help="difficulty of the rendered scenes, one or "
          "several; one named twice counts twice")
+    data("--mirror", nargs="+", default=[], choices=scenes.LEVELS, metavar="LEVEL", help="of --level, also seen in a mirror, left and "
+         "right exchanged in their words")
     data("--move-shards", type=int, nargs="+", metavar="N", help="stage base: moves from the first N files of each level only, one number or "
          "one for each, to leave stage 2 some to learn")
     data("--shards", type=int, default=32, help=f"rendered files of {SHARD} scenes, of each level (default 32)")
@@ -489,6 +491,8 @@ def parse() -> argparse.Namespace:
         args.move_shards = [args.shards]
     if len(args.move_shards) not in (1, len(args.level)):
         parser.error(f"--move-shards takes one number or one for each of the {len(args.level)} levels, not {len(args.move_shards)}.")
+    if not set(args.mirror) <= set(args.level):
+        parser.error(f"--mirror {' '.join(args.mirror)}: only levels of --level, {' '.join(args.level)}, can be mirrored.")
     if args.overfit:
         args.stage, args.preset = "overfit", "tiny"
     args.output = args.output or Path("runs") / {"1": "stage1", "2": "stage2"}.get(args.stage, args.stage)
@@ -602,7 +606,7 @@ def main() -> None:
         task = make_task(preset, part, args)
         facts_at_start(task, recipe, args)
         facts = {"part": part, "preset": str(preset), "recipe": str(recipe), "samples": task.count}
-        facts |= {"level": " ".join(args.level)} | {name: getattr(args, name) for name in ("seed", "gss", "ism")}
+        facts |= {"level": " ".join(args.level), "mirror": " ".join(args.mirror)} | {name: getattr(args, name) for name in ("seed", "gss", "ism")}
         if args.start:
             facts["start"] = {name: source.digest() for name, source in find_frozen(preset, args.start, LEARNED[part]).items()}
         if args.data != "scenes":
@@ -621,6 +625,9 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
         sources = stage_sources(preset, args)
     if args.data == "scenes":
         of_levels = [scene_shards(World(level, preset.side, shards=args.shards), args.cache) for level in args.level]
+        files_with_moves = args.move_shards * (len(args.level) // len(args.move_shards))
+        of_levels += [mirror_shards(of_levels[args.level.index(level)]) for level in args.mirror]
+        files_with_moves += [files_with_moves[args.level.index(level)] for level in args.mirror]
         shards = [shard for group in zip(*of_levels) for shard in group]  # the levels take turns
         if part in ("vae", "decoder"):
             return VAETask(preset, shards[:24], begin(preset, "vae", args), args.device, part == "decoder")
@@ -633,7 +640,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
             editor = Editor(preset, vae, t5, clip, vggt, load_tokenizers(preset, args.weights), model, sources)
         kinds = ("move",) if part in "12" else ("move", *scenes.OTHER_WORDINGS)
         hashes = {name: sources[name].digest()[:8] for name in ("vae", "vggt") if name in sources}
-        with_moves = {path for paths, n in zip(of_levels, args.move_shards * len(args.level)) for path in paths[:n]}
+        with_moves = {path for paths, n in zip(of_levels, files_with_moves) for path in paths[:n]}
         triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes, with_moves)
         watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level[i % len(args.level)], "seen", preset.side, extras=False)
                  for i in range(8)]

@@ -1,5 +1,7 @@
 """Rendered training triples: what is encoded belongs together.     python -m pytest tests/test_encode.py"""
 
+import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -14,12 +16,12 @@ from safetensors.torch import load_file
 import scenes
 from data import open_image, read_rows, resize, resolve, save_png, write_rows
 from model.text import build_word_tokenizer
-from model.weights import save_tensors
+from model.weights import read_tensors, save_tensors
 from spatialdiff import PRESETS, build, depth_target, encode_geometry, encode_image, find_frozen, load_part
 from train import batch_indices
 from triples import encode, world
 from triples.encode import FileTriples
-from triples.world import World, disparity, encode_scenes, load_images, render_shard
+from triples.world import World, disparity, encode_scenes, load_images, mirror_shards, render_shard
 
 TINY = PRESETS["tiny"]
 WORLD = World(size=48, shards=2)
@@ -102,6 +104,40 @@ def test_moves_of_the_first_files_only(shards):
     assert few.instructions == every.instructions[:9] + every.instructions[11::3]
     assert torch.equal(few.target, torch.cat((every.target[:9], every.target[11::3])))
     assert torch.equal(few.reference[few.root], torch.cat((every.reference[every.root[:9]], every.reference[every.root[11::3]])))
+
+
+def in_a_mirror(scene: scenes.Scene) -> scenes.Scene:
+    objects = tuple(replace(t, a=-t.a, yaw=math.pi - t.yaw) for t in scene.objects)
+    return replace(scene, objects=objects, light=replace(scene.light, azimuth=math.pi - scene.light.azimuth))
+
+
+def test_mirrored_scenes_are_scenes(tmp_path, monkeypatch):
+    """Pictures and depth are those of the scene with everything on its other side, and its words put things there."""
+    monkeypatch.setattr(world, "SHARD", 6)
+    render_shard((World("hard", 128), 0, tmp_path / "0000.safetensors"))
+    (path,) = mirror_shards([tmp_path / "0000.safetensors"])
+    assert mirror_shards([tmp_path / "0000.safetensors"]) == [path]
+    tensors, metadata = read_tensors(path)
+    words, sides = iter(json.loads(metadata["edits"])), 0
+    for i in range(6):
+        scene, edits = scenes.training_edits(i, "hard", 2, 1)
+        truth, row = in_a_mirror(scene), i * 3
+        for picture, depth, expected in [(tensors["ref"][i], tensors["ref_depth"][i], truth),
+                                         *((tensors["tgt"][row + k], tensors["tgt_depth"][row + k], in_a_mirror(e.target)) for k, e in enumerate(edits))]:
+            drawn = scenes.render(expected, 128)
+            things = drawn.ids >= 0  # floors have a pattern, which is not mirrored
+            assert (np.abs(drawn.depth - depth.float().numpy()) < 0.02).mean() > 0.995
+            assert (np.abs(drawn.rgb.astype(int) - picture.numpy())[things] < 8).mean() > 0.9  # all but edges
+        for edit in edits:
+            kind, relation, instruction = next(words)
+            swap = lambda text: " ".join({"left": "right", "right": "left"}.get(w, w) for w in scenes.words_of(text))
+            assert scenes.words_of(instruction) == swap(edit.instruction).split() and relation == swap(edit.relation)
+            sides += instruction != edit.instruction
+            if kind == "move":
+                place = scenes.target_place(truth, relation, edit.moved, edit.references)
+                moved = edit.target.objects[edit.moved]
+                assert np.allclose(place, (-moved.a, moved.b, moved.z))
+    assert sides >= 3
 
 
 # Triples of files

@@ -66,6 +66,7 @@ def test_careless_options(tmp_path):
     assert "say what to train" in run(code=2)
     assert "--part is for --stage base" in run("--stage", 1, "--part", "vae", code=2)
     assert "needs --weights" in run("--stage", "base", "--part", "decoder", code=2)
+    assert "only levels of --level, plain" in run("--stage", 1, "--mirror", "hard", code=2)
     text = run("--stage", 2, "--weights", tmp_path, "--output", tmp_path, "--shards", 1, "--cache", tmp_path, code=2)
     assert "Stage 2 starts from stage 1's Connector" in text
 
@@ -180,6 +181,7 @@ def test_base_of_two_levels(tiny, tmp_path):
     before, after = (load_file(tmp_path / folder / "vae.safetensors") for folder in ("out", "decoder"))
     assert {name.split(".")[0] for name, x in before.items() if not torch.equal(x, after[name])} == {"decoder"}
     assert "data         3000 samples" in run(*common, "--part", "mmdit", "--level", "plain", "deep", "deep")  # deep counts twice
+    assert "data         3000 samples" in run(*common, "--part", "mmdit", "--mirror", "deep")  # and so it does in a mirror
     assert "data         2000 samples" in run(*common, "--part", "mmdit")  # 4 x 250 other edits, 2 x 500 moves
     vocabulary = lambda folder: json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert {*scenes.vocabulary("plain"), *scenes.vocabulary("deep")} <= set(vocabulary(tmp_path / "out"))

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from spatialdiff import depth_target, encode_geometry, encode_image
 from triples.encode import Batch
 
 SHARD = 250  # scenes a file
+OTHER_SIDE = {"left": "right", "right": "left"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,20 @@ def scene_shards(world: World, cache: Path) -> list[Path]:
                 print(f"\rrendering scenes: {done * SHARD} of {len(missing) * SHARD}, {left:.0f} s left ", end="", flush=True)
         print()
     return paths
+
+
+def mirror_shards(paths: list[Path]) -> list[Path]:
+    """The same scenes seen in a mirror, left and right exchanged in their words: files beside the given ones, made if not
+    there yet. A scene more for none of a scene's rendering; true to levels whose light comes from anywhere (not plain)."""
+    mirrored = [path.with_stem(f"{path.stem}-mirror") for path in paths]
+    for path, made in zip(paths, mirrored):
+        if not made.is_file():
+            tensors, metadata = read_tensors(path)
+            edits = [(kind, *(re.sub("left|right", lambda m: OTHER_SIDE[m[0]], text) for text in words))
+                     for kind, *words in json.loads(metadata["edits"])]
+            flipped = {name: x if name == "root" else x.flip(2).contiguous() for name, x in tensors.items()}
+            save_tensors(made, flipped, {"edits": to_json(edits)})
+    return mirrored
 
 
 def load_images(shards: list[Path], raw_depth: bool = False) -> tuple[Tensor, Tensor]:
