@@ -457,8 +457,8 @@ def parse() -> argparse.Namespace:
     data("--no-cache", action="store_true", help="triples of a file: encode every batch anew; the encoders stay in memory")
     data("--level", nargs="+", default=["plain"], choices=scenes.LEVELS, help="difficulty of the rendered scenes, one or "
          "several; one named twice counts twice")
-    data("--mirror", nargs="+", default=[], choices=scenes.LEVELS, metavar="LEVEL", help="of --level, also seen in a mirror, left and "
-         "right exchanged in their words")
+    data("--mirror", nargs="+", default=[], choices=scenes.LEVELS, metavar="LEVEL", help="those of --level to be seen in a "
+         "mirror as well, left and right exchanged in their words")
     data("--move-shards", type=int, nargs="+", metavar="N", help="stage base: moves from the first N files of each level only, one number or "
          "one for each, to leave stage 2 some to learn")
     data("--shards", type=int, default=32, help=f"rendered files of {SHARD} scenes, of each level (default 32)")

@@ -122,8 +122,9 @@ def test_mirrored_scenes_are_scenes(tmp_path, monkeypatch):
     for i in range(6):
         scene, edits = scenes.training_edits(i, "hard", 2, 1)
         truth, row = in_a_mirror(scene), i * 3
-        for picture, depth, expected in [(tensors["ref"][i], tensors["ref_depth"][i], truth),
-                                         *((tensors["tgt"][row + k], tensors["tgt_depth"][row + k], in_a_mirror(e.target)) for k, e in enumerate(edits))]:
+        pictures = [(tensors["ref"][i], tensors["ref_depth"][i], truth)]
+        pictures += [(tensors["tgt"][row + k], tensors["tgt_depth"][row + k], in_a_mirror(e.target)) for k, e in enumerate(edits)]
+        for picture, depth, expected in pictures:
             drawn = scenes.render(expected, 128)
             things = drawn.ids >= 0  # floors have a pattern, which is not mirrored
             assert (np.abs(drawn.depth - depth.float().numpy()) < 0.02).mean() > 0.995

@@ -87,12 +87,12 @@ def scene_shards(world: World, cache: Path) -> list[Path]:
 
 def mirror_shards(paths: list[Path]) -> list[Path]:
     """The same scenes seen in a mirror, left and right exchanged in their words: files beside the given ones, made if not
-    there yet. A scene more for none of a scene's rendering; true to levels whose light comes from anywhere (not plain)."""
+    there yet. They cost no rendering. True to the levels whose light comes from anywhere, which leaves out plain."""
     mirrored = [path.with_stem(f"{path.stem}-mirror") for path in paths]
     for path, made in zip(paths, mirrored):
         if not made.is_file():
             tensors, metadata = read_tensors(path)
-            edits = [(kind, *(re.sub("left|right", lambda m: OTHER_SIDE[m[0]], text) for text in words))
+            edits = [(kind, *(re.sub(r"\b(left|right)\b", lambda m: OTHER_SIDE[m[0]], text) for text in words))
                      for kind, *words in json.loads(metadata["edits"])]
             flipped = {name: x if name == "root" else x.flip(2).contiguous() for name, x in tensors.items()}
             save_tensors(made, flipped, {"edits": to_json(edits)})
