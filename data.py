@@ -103,8 +103,8 @@ def save_png(path: str | Path, image: np.ndarray, text: dict[str, str] | None = 
 # Triples as JSON lines
 
 PICTURES = ("ref", "tgt", "mask_ref", "mask_tgt", "empty", "depth_tgt")  # the keys that hold paths
-KINDS = {"id": str, **dict.fromkeys(PICTURES, str), "instruction": str, "mask_label": int, "object": dict, "objects": dict,
-         "end_xy": list, "split": str, "group": str, "relation": str, "source": dict, "checks": dict}
+KINDS = {"id": str, **dict.fromkeys(PICTURES, str), "instruction": str, "mask_label": int, "box_tgt": list, "object": dict,
+         "objects": dict, "end_xy": list, "split": str, "group": str, "relation": str, "source": dict, "checks": dict}
 JSON_NAMES = {str: "a string", int: "an integer", dict: "an object", list: "a list"}
 # Colours of the labels 1 to 9 in OBJect-3DIT's masks: "Set1" of ColorBrewer.
 SET1 = np.array([(228, 26, 28), (55, 126, 184), (77, 175, 74), (152, 78, 163), (255, 127, 0), (255, 255, 51), (166, 86, 40),

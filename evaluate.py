@@ -10,7 +10,7 @@
     python evaluate.py ablation --base runs/base --output runs/ablation        trains and measures the paper's ladder in miniature
 
 Without a command: rows are the model; autoencoder(target), the ceiling; the source copied; autoencoder(source); the model
-with every instruction exchanged for the next scene's (if text is used, this row is clearly worse). One seed per scene, no
+with every instruction exchanged for another scene's (if text is used, this row is clearly worse). One seed per scene, no
 best of several. The output folder receives results.json, one object per row, sheet_<split>.png and report.html.
 """
 
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--level", choices=scenes.LEVELS, default="plain")
     group.add_argument("--split", choices=("seen", "unseen", "both"), default="both")
     group.add_argument("--scenes", type=int, default=300, help="per split")
-    group.add_argument("--seed", type=int, default=0, help="which scenes; different seeds share none")
+    group.add_argument("--seed", type=int, default=0, help="which scenes; seeds less than 100 apart share none")
     add_model_arguments(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--batch", type=int, default=32, help="scenes edited at once; changes speed and memory, not results")
@@ -98,7 +98,10 @@ def parse() -> argparse.Namespace:
     sub.add_argument("--count", type=int, default=20, help="pictures (paper: 20)")
     sub.add_argument("--title", default="Which edit is best?")
     sub.add_argument("--tally", type=Path, nargs="+", metavar="VOTES", help="JSON files that the page exported")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.command and sys.argv[1] != args.command:
+        parser.error(f"options of {args.command} go behind it; those before it are of an evaluation without a command.")
+    return args
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +144,8 @@ def run_evaluation(args: argparse.Namespace) -> None:
         raise ValueError(f"At least 2 scenes are needed to exchange instructions, not {args.scenes}; raise --scenes.")
     if min(args.batch, args.sheet) < 1:
         raise ValueError("--batch and --sheet must be at least 1.")
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
     model, preset, sampling, about = load_editor(args)
     unknown = unknown_words(model.tokenizers[0], " ".join(scenes.vocabulary(args.level)))
     if unknown:
@@ -153,7 +158,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
         by_relation = {row: {relation: {"scenes": relations.count(relation)}
                              | summarise([v for v, r in zip(values[row], relations) if r == relation])
                              for relation in scenes.relations(args.level) if relation in relations} for row in ROWS}
-        caption = f"{args.level}, {split}: {args.scenes} scenes of seed {args.seed}; mean [95 % bootstrap interval]"
+        caption = f"{args.level}, {split}: {args.scenes} scenes of seed {args.seed}; mean [95 % interval]"
         print(f"\n{caption}\n")
         names = [name for name in COLUMNS if any(name in row for row in rows.values())]
         table = pages.Table(caption, ["metric", *ROWS], [[name, *(score.cell(rows[row].get(name)) for row in ROWS)] for name in names])
@@ -244,7 +249,7 @@ def run_sanity(args: argparse.Namespace) -> None:
         raise ValueError(f"Expected rows with tgt and mask_ref in {file}, found {len(rows)}, and --count of at least 1. "
                          "A composed benchmark has such rows in its group object.")
     rows = random.Random(args.seed).sample(rows, min(args.count, len(rows)))
-    client = chat.Chat(chat.endpoint_of(args), args.cache)
+    client = chat.Chat(chat.endpoint_of(args), args.cache or file.with_name("calls.jsonl"))
     if args.dry_run:
         print(f"{2 * len(rows) * len(viescore.SANITY)} calls, less those that the cache answers")
         return

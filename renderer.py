@@ -9,7 +9,7 @@ the width of an object. Pictures are (H, W, 3) uint8, depth is z-depth along the
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -94,9 +94,6 @@ class Scene:
     floor: Floor
     objects: tuple[Thing, ...]
     wide: bool = False  # places anywhere in the picture, and distances in proportion to the camera's
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 @dataclass

@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     model.add_argument("--no-ism", action="store_true", help="without spatial tokens (paper's ablation)")
     model.add_argument("--device", help="default: cuda if there is one, else cpu")
     model.add_argument("--attention", default="auto", choices=kernels.ATTENTION,
-                       help="auto: on a GPU the faster of Triton and SDPA, timed once; a CPU has SDPA only")
+                       help="auto: on a GPU the faster of Triton and SDPA, timed once; SDPA on a CPU and with --compile")
     model.add_argument("--compile", action="store_true", help="torch.compile the transformer: pays from some dozens of steps on")
     model.add_argument("--dtype", help="bfloat16 or float32; default: bfloat16, of the small presets on a CPU float32")
     output = parser.add_argument_group("output")
@@ -82,8 +82,10 @@ def edit(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps must be at least 1 and --seed at least 0, not {steps} and {args.seed}.")
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, since the edit carries its settings as PNG text; found {args.output}.")
+    if args.image and args.output.resolve() == args.image.resolve():
+        raise ValueError(f"--output would overwrite {args.image}, the picture to edit; give another name.")
     device, dtype, reason = choose_device(preset, args.device, args.dtype)
-    kernels.choose(args.attention)
+    kernels.choose(args.attention, device=device)
 
     prompt, pair = args.prompt, None  # pair: the rendered scene whose truth is known
     if args.image:

@@ -10,8 +10,8 @@ source layout and the relation, so each instruction has exactly one truth.
 Ground coordinates are aligned with the camera: a to the right, b away from it, z up, one unit about
 the width of an object. Pictures are (H, W, 3) uint8, depth is z-depth along the optical axis.
 
-Levels: plain (five shapes, bare floor), textured (thirteen shapes, patterns), hard (4 to 7 objects; moves go far in depth or
-occlude), deep (as plain to look at, as hard to lay out, and a pixel's place does not tell its depth: pitch, roll, field of
+Levels: plain (five shapes, bare floor), textured (thirteen shapes, patterns), hard (4 to 7 objects; moves of seen and
+unseen scenes go far in depth or occlude, of training scenes half do), deep (as plain to look at, as hard to lay out, and a pixel's place does not tell its depth: pitch, roll, field of
 view and the size of objects vary, things stand on others, some relations are about depth; distances to the camera are on the
 ground, to the point below it).
 """
@@ -146,8 +146,7 @@ class Pair:
     mask_tgt: np.ndarray
     # The following need extras=True.
     empty: np.ndarray | None = None  # the scene without the moved object
-    amodal_ref: np.ndarray | None = None  # (H, W) bool, its pixels as if nothing stood before it
-    amodal_tgt: np.ndarray | None = None
+    amodal_tgt: np.ndarray | None = None  # (H, W) bool, its pixels at the target as if nothing stood before it
     wrong: dict[str, np.ndarray] = field(default_factory=dict)  # counter-examples, uint8 pictures
     swapped: np.ndarray | None = None  # target with the depth order of the overlap reversed
 
@@ -469,8 +468,8 @@ OPPOSITE = {"left": "right", "right": "left", "front": "behind", "behind": "fron
 
 
 def counter_examples(scene: Scene, edit: Edit) -> dict[str, Scene]:
-    """Wrong answers to an instruction, where they fit the picture: the mirrored place, the same relation
-    to another object, another relation to the same object."""
+    """Answers that are not the truth, where they fit the picture: the mirrored place (which the words alone may allow, as
+    "next to" does), the same relation to another object, another relation to the same object."""
     objects, moved, near = scene.objects, edit.moved, edit.references
     mirrored = OPPOSITE.get(edit.relation)
     options = [("wrong relation", r, ()) for r in ("closer", "farther", *CORNERS) if r != mirrored]
@@ -484,7 +483,7 @@ def counter_examples(scene: Scene, edit: Edit) -> dict[str, Scene]:
     found = {}
     for name, relation, references in options:
         place = target_place(scene, relation, moved, references)
-        # Both a wrong place and not the source: a picture that no reader would call right.
+        # Far enough from the truth and from the source to be told from both.
         wrong = placed(scene, moved, place) if placed(edit.target, moved, place) else None
         if wrong and name not in found:
             found[name] = wrong
@@ -529,7 +528,7 @@ def make_pair(seed: int, level: str = "plain", split: str = "seen", size: int = 
         return pair
     empty = render(scene, size, only=[i for i in range(len(scene.objects)) if i != moved])
     pair.empty = empty.rgb
-    pair.amodal_ref, pair.amodal_tgt = (trace_ids(s, size, (moved,)) == moved for s in (scene, edit.target))
+    pair.amodal_tgt = trace_ids(edit.target, size, (moved,)) == moved
     pair.wrong = {name: render(wrong, size).rgb for name, wrong in counter_examples(scene, edit).items()}
     overlap = pair.amodal_tgt & (empty.ids >= 0)
     if overlap.any():

@@ -289,7 +289,7 @@ def losses(model: SpatialDiff, cond: Condition, target: Tensor, noise: Tensor, t
     flow = (velocity.float() - (noise - target)).square().mean(dim=(1, 2))
     if depth is None:
         return flow, flow.new_zeros(())
-    return flow, F.mse_loss(model.spatial_head(spatial.float()).float(), depth)
+    return flow, F.mse_loss(model.spatial_head(spatial).float(), depth)
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def sample(model: SpatialDiff, cond: Condition, noise: Tensor, steps: int, guida
     """Euler steps from noise (B, N, C) to packed latents; also the spatial tokens of the last step (B, K, D).
 
     Spatial tokens, rotations and all modulations depend on the edit alone: they are made once, before the loop. `drop`
-    frees the modulation layers then (3.25 of Kontext's 11.9 billion parameters); the model cannot sample again after.
+    frees the modulation layers then (3.28 of Kontext's 11.9 billion parameters); the model cannot sample again after.
     """
     times = schedule(model.preset, steps, noise.shape[1]).to(noise.device)
     spatial, pe = model.spatial_tokens(cond), model.rope(cond)
@@ -364,6 +364,8 @@ def choose_device(preset: Preset, name: str | None, dtype: str | None) -> tuple[
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"Device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu.") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current one
     if dtype in ("float16", "fp16", "half"):
         raise ValueError("float16 overflows in T5 and in the transformer; choose --dtype bfloat16 or float32.")
     if dtype not in (None, *DTYPES):
@@ -439,15 +441,21 @@ def load_part(preset: Preset, source: Source, device="cpu", dtype: torch.dtype |
     return fill(build(preset, source.network, "meta", dtype), source, device).eval().requires_grad_(False)
 
 
-def load_depth(folder: Path, device="cpu") -> DepthAnything:
-    """The teacher of GSS, in fp32: Depth Anything V2 of whichever size lies below `folder`. FileNotFoundError if none does."""
+def find_depth(folder: Path) -> tuple[DepthAnything, Source]:
+    """The teacher of GSS, Depth Anything V2 of whichever size lies below `folder`: on the meta device, and its weights.
+    FileNotFoundError if there is none."""
     found, problems = scan(folder)
     for source in found:
         for module in sizes("depth").values() if source.network == "depth" else ():
             if not source.mismatch(module.state_dict()):
-                return fill(module, source, device).eval().requires_grad_(False)
+                return module, source
     raise FileNotFoundError(" ".join([f"Expected model.safetensors of depth-anything/Depth-Anything-V2-Large-hf, Base or Small below "
                                       f"{folder}, found none that is complete. See weights.md.", *problems]))
+
+
+def load_depth(folder: Path, device="cpu") -> DepthAnything:
+    """What `find_depth` finds, in fp32."""
+    return fill(*find_depth(folder), device).eval().requires_grad_(False)
 
 
 def load_tokenizers(preset: Preset, folder: Path) -> tuple:
@@ -503,13 +511,13 @@ class Editor:
 
     def edit(self, images, prompts: list[str], seeds: list[int], steps: int | None = None, guidance: float | None = None):
         """Edited pictures, uint8 (B, H, W, 3) as given. Each sample's noise comes from its own seed."""
-        return self.edit_and_depth(images, prompts, seeds, steps, guidance)[0]
+        return self.edit_and_depth(images, prompts, seeds, steps, guidance, depth=False)[0]
 
     @torch.inference_mode()
     def edit_and_depth(self, images, prompts: list[str], seeds: list[int], steps: int | None = None,
-                       guidance: float | None = None, alter_geometry=None):
+                       guidance: float | None = None, alter_geometry=None, depth: bool = True):
         """Edited pictures as `edit`, and what the spatial head says of their depth, grey pictures (B, 16 g, 16 g, 3) uint8,
-        near is bright; None without spatial tokens or a head. alter_geometry: a function of the geometry tokens S
+        near is bright; None without `depth`, spatial tokens or a head. alter_geometry: a function of the geometry tokens S
         (B, l', d') before they are used, to see whether they are."""
         cond = self.condition(torch.as_tensor(images), prompts)
         if alter_geometry is not None:
@@ -518,7 +526,7 @@ class Editor:
         noise = make_noise(self.preset, cond.grid, seeds).to(cond.reference.device)
         tokens, spatial = sample(self.model, cond, noise, steps or self.preset.steps, guidance)
         pictures, head = decode_image(self.vae, tokens, cond.grid).cpu().numpy(), self.model.spatial_head
-        if cond.geometry is None or head is None:
+        if not depth or cond.geometry is None or head is None:
             return pictures, None
         return pictures, decode_depth(self.vae, head(spatial), self.model.connector.grid).cpu().numpy()
 

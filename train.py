@@ -297,6 +297,8 @@ class FlowTask:
 
     def save(self, folder: Path) -> None:
         facts = {"preset": self.editor.preset.name, "stage": self.stage}
+        if self.stage == "base":
+            self.editor.tokenizers[0].save(str(folder / "tokenizer.json"))
         for name, module in self.modules.items():
             if name == "mmdit" and self.stage == "2":
                 lora.save(module, folder / "lora.safetensors", facts, torch.bfloat16)
@@ -370,18 +372,15 @@ def swap(params: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
         params[name].copy_(average_was)
 
 
-def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace) -> None:
-    """Trains `task.modules`; writes log, sheets and checkpoints to `out`, and its parts at the end."""
+def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace) -> bool:
+    """Trains `task.modules`; writes log, sheets and checkpoints to `out`. False if that was done already."""
     params = {n: p for n, p in task.modules.named_parameters() if p.requires_grad}
     ema = {n: p.detach().clone() for n, p in params.items()} if recipe.ema else {}
     opts = optimizers(task, params, recipe, args.amp)
     checkpoint = out / "checkpoint.safetensors"
     resumed = args.resume and checkpoint.is_file()
     done, before = load_checkpoint(checkpoint, facts, params, ema, opts) if resumed else (0, 0.0)
-    out.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in (out / "log.jsonl").read_text().splitlines(True) if json.loads(line)["step"] <= done] if done else []
-    log = open(out / "log.jsonl", "w")  # what was logged after the checkpoint is done again
-    log.writelines(kept)
+    log = continue_log(out / "log.jsonl", done)
     accumulate = recipe.batch // recipe.micro
     window, began = [], time.time()
     seconds = lambda: before + time.time() - began
@@ -397,7 +396,9 @@ def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace
                 loss, logs = task.loss(batch_indices(task.count, recipe.micro, number, args.seed), generator)
             (loss / accumulate).backward()
             window.append({"loss": loss.item(), **logs})
-        torch.nn.utils.clip_grad_norm_(params.values(), recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), recipe.clip)
+        if not norm.isfinite():
+            raise ValueError(f"Step {step + 1}: the gradient is not finite. The last checkpoint in {out} is whole; a lower --rate may help.")
         for optimizer in opts:
             optimizer.step()
             optimizer.zero_grad()
@@ -425,6 +426,17 @@ def train(task, recipe: Recipe, out: Path, facts: dict, args: argparse.Namespace
             swap(params, ema)
     swap(params, ema)  # the averages are the result
     task.modules.eval()
+    return done < recipe.steps
+
+
+def continue_log(path: Path, done: int):
+    """The log opened to append to, cut back to `done` steps: what came after the checkpoint is done again."""
+    lines = path.read_text().splitlines(True) if done and path.is_file() else []
+    fresh = path.with_suffix(".tmp")
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+    fresh.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done))
+    fresh.replace(path)
+    return open(path, "a")
 
 
 def mean(values: list[float]) -> float | None:
@@ -470,13 +482,21 @@ def parse() -> argparse.Namespace:
     loop("--seed", type=int, default=0)
     loop("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
     loop("--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler)")
-    loop("--attention", default="auto", choices=kernels.ATTENTION, help="auto: on a GPU the faster of Triton and SDPA, timed once")
+    loop("--attention", default="auto", choices=kernels.ATTENTION, help="auto: on a GPU the faster of Triton and SDPA, timed once; "
+         "SDPA on a CPU and with --compile")
     loop("--device", help="default: cuda if there is one, else cpu")
     loop("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and sample sheet")
     loop("--keep", action="store_true", help="also keep the trained parts of every checkpoint, in OUTPUT/step-N")
     args = parser.parse_args()
     if not (args.stage or args.overfit):
         parser.error("say what to train: --stage base, --stage 1, --stage 2 or --overfit")
+    if args.overfit and args.stage:
+        parser.error("--overfit is a training of its own; leave --stage out.")
+    for name in ("steps", "batch", "micro", "shards", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    if args.no_ism and args.stage == "1":
+        parser.error("--no-ism is for --stage 2: stage 1 trains the spatial tokens' Connector and nothing else.")
     if args.data != "scenes" and args.stage not in ("1", "2"):
         parser.error(f"--data {args.data}: files of triples are for --stage 1 and 2; the rest learns from the rendered world.")
     if args.keep and args.stage not in ("1", "2"):
@@ -526,13 +546,12 @@ def begin(preset: Preset, part: str, args: argparse.Namespace) -> nn.Module:
 
 
 def base_editor(preset: Preset, vae: AutoEncoder, args: argparse.Namespace) -> Editor:
-    """Text encoders and MMDiT to train, around an autoencoder; writes the word-level tokenizer to --output. It knows the
-    words of the levels and of --weights alone, so that a word never seen in training is refused."""
+    """Text encoders and MMDiT to train, around an autoencoder. The word-level tokenizer knows the words of the levels and of
+    --weights alone, so that a word never seen in training is refused."""
     words = {word for level in args.level for word in scenes.vocabulary(level)}
     tokenizer = build_word_tokenizer(words, load_tokenizers(preset, args.start)[0] if args.start else None)
     if (count := max(tokenizer.get_vocab().values()) + 1) > preset.t5.vocabulary:
         raise ValueError(f"The words need {count} ids, more than the {preset.t5.vocabulary} of preset {preset.name}: take fewer levels.")
-    tokenizer.save(str(args.output / "tokenizer.json"))
     model = SpatialDiff(preset).to(args.device)
     if args.start:
         model.mmdit = begin(preset, "mmdit", args)
@@ -548,6 +567,9 @@ def stage_sources(preset: Preset, args: argparse.Namespace) -> dict[str, Source]
         if not (args.checkpoint / "connector.safetensors").is_file():
             raise FileNotFoundError(f"Stage 2 starts from stage 1's Connector, expected {args.checkpoint}/connector.safetensors.")
         found = find_learned(preset, args.checkpoint, asked=True)
+        if "lora" in found:
+            raise ValueError(f"{args.checkpoint} is of a stage 2: its Connector goes with its LoRA, and stage 2 begins a LoRA. Give "
+                             "--checkpoint the folder of a stage 1; to go on with a stopped stage 2, its --output and --resume.")
     found |= find_frozen(preset, args.weights, ("mmdit", "vae", "t5", "clip") + ("vggt",) * args.ism)
     for name, source in found.items():
         print(f"{name:13}{source}")
@@ -600,39 +622,48 @@ def main() -> None:
         given = {name: getattr(args, name) for name in ("steps", "batch", "micro") if getattr(args, name) is not None}
         recipe = replace(recipe, **{"micro": min(recipe.micro, args.batch or recipe.micro)} | given)
         recipe = replace(recipe, lr=recipe.lr * args.rate, muon_lr=recipe.muon_lr * args.rate)
-        if min(recipe.steps, recipe.batch, recipe.micro) < 1 or recipe.batch % recipe.micro:
-            raise ValueError(f"Steps must be at least 1 and --batch {recipe.batch} a multiple of --micro {recipe.micro}.")
+        if recipe.batch % recipe.micro:
+            raise ValueError(f"--batch {recipe.batch} must be a multiple of --micro {recipe.micro}.")
+        folder = args.output / part if args.stage == "base" else args.output
+        if (folder / "checkpoint.safetensors").is_file() and not args.resume:
+            raise ValueError(f"{folder} holds a training already: give --resume to go on with it, or another --output.")
         args.output.mkdir(parents=True, exist_ok=True)
-        task = make_task(preset, part, args)
+        task, sources = make_task(preset, part, args)
         facts_at_start(task, recipe, args)
         facts = {"part": part, "preset": str(preset), "recipe": str(recipe), "samples": task.count}
+        facts["networks"] = {name: source.digest() for name, source in sources.items()}
         facts |= {"level": " ".join(args.level), "mirror": " ".join(args.mirror)} | {name: getattr(args, name) for name in ("seed", "gss", "ism")}
-        if args.start:
-            facts["start"] = {name: source.digest() for name, source in find_frozen(preset, args.start, LEARNED[part]).items()}
         if args.data != "scenes":
             facts["data"] = digest(Path(args.data))
-        train(task, recipe, args.output / part if args.stage == "base" else args.output, facts, args)
-        task.save(args.output)
+        if train(task, recipe, folder, facts, args) or not (args.output / f"{part}.safetensors").is_file():
+            task.save(args.output)  # once: what was trained on a part knows it by its sha256
 
 
 def make_task(preset: Preset, part: str, args: argparse.Namespace):
-    """Networks are looked for first, so that a missing file is found before anything is rendered or encoded; then data, then
-    the task. With triples of a file the encoders are gone from memory before the model is loaded."""
-    if part == "mmdit":
-        sources = find_frozen(preset, args.output, ("vae",))
-        editor = base_editor(preset, load_part(preset, sources["vae"], args.device), args)
-    elif part in "12":
+    """The task, and the networks it starts from. Networks are looked for first, so that a missing file is found before
+    anything is rendered or encoded; then data, then the task. With triples of a file the encoders are gone from memory
+    before the model is loaded."""
+    if part in "12":
         sources = stage_sources(preset, args)
+    else:
+        sources = find_frozen(preset, args.start, LEARNED[part]) if args.start else {}
+    if part == "mmdit":
+        if not (args.output / "vae.safetensors").is_file():
+            raise FileNotFoundError(f"The MMDiT's autoencoder is taken from --output, expected {args.output}/vae.safetensors: train it "
+                                    "there with --part vae, or copy it.")
+        sources |= find_frozen(preset, args.output, ("vae",))
+        editor = base_editor(preset, load_part(preset, sources["vae"], args.device), args)
     if args.data == "scenes":
         of_levels = [scene_shards(World(level, preset.side, shards=args.shards), args.cache) for level in args.level]
-        files_with_moves = args.move_shards * (len(args.level) // len(args.move_shards))
-        of_levels += [mirror_shards(of_levels[args.level.index(level)]) for level in args.mirror]
-        files_with_moves += [files_with_moves[args.level.index(level)] for level in args.mirror]
+        moves = args.move_shards * (len(args.level) // len(args.move_shards))
+        for i in map(args.level.index, args.mirror):
+            of_levels.append(mirror_shards(of_levels[i]))
+            moves.append(moves[i])
         shards = [shard for group in zip(*of_levels) for shard in group]  # the levels take turns
         if part in ("vae", "decoder"):
-            return VAETask(preset, shards[:24], begin(preset, "vae", args), args.device, part == "decoder")
+            return VAETask(preset, shards[:24], begin(preset, "vae", args), args.device, part == "decoder"), sources
         if part == "vggt":
-            return VGGTTask(preset, shards[:24], begin(preset, "vggt", args), args.device)
+            return VGGTTask(preset, shards[:24], begin(preset, "vggt", args), args.device), sources
         if part in "12":
             vae, t5, clip = (load_part(preset, sources[name], args.device, args.dtype) for name in ("vae", "t5", "clip"))
             vggt = load_part(preset, sources["vggt"], args.device, args.dtype) if args.ism else None
@@ -640,7 +671,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
             editor = Editor(preset, vae, t5, clip, vggt, load_tokenizers(preset, args.weights), model, sources)
         kinds = ("move",) if part in "12" else ("move", *scenes.OTHER_WORDINGS)
         hashes = {name: sources[name].digest()[:8] for name in ("vae", "vggt") if name in sources}
-        with_moves = {path for paths, n in zip(of_levels, files_with_moves) for path in paths[:n]}
+        with_moves = {path for paths, n in zip(of_levels, moves) for path in paths[:n]}
         triples = encode_scenes(shards, editor.vae, editor.vggt, preset, args.gss, kinds, args.amp, hashes, with_moves)
         watch = [scenes.make_pair(scenes.SPLITS["seen"][i], args.level[i % len(args.level)], "seen", preset.side, extras=False)
                  for i in range(8)]
@@ -652,7 +683,7 @@ def make_task(preset: Preset, part: str, args: argparse.Namespace):
     editor.model.mmdit.checkpoint_blocks = args.recompute
     if args.compile:
         editor.model.mmdit.compile_layers()
-    return task
+    return task, sources
 
 
 def overfit(preset: Preset, args: argparse.Namespace) -> None:
@@ -670,7 +701,8 @@ def overfit(preset: Preset, args: argparse.Namespace) -> None:
             [pair.instruction], encode_geometry(editor.vggt, ref, preset), depth,
         )
     task = FlowTask(editor, triples, "overfit", [pair])
-    recipe = replace(RECIPES["tiny", "overfit"], steps=args.steps or RECIPES["tiny", "overfit"].steps)
+    recipe = RECIPES["tiny", "overfit"]
+    recipe = replace(recipe, steps=args.steps or recipe.steps)
     facts_at_start(task, recipe, args)
     train(task, recipe, args.output, {"part": "overfit", "recipe": str(recipe), "seed": args.seed}, args)
     cond = editor.condition(ref, [pair.instruction])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole tour at miniature size, a few minutes on two cores: make data, let a model write the instructions, train on cached
+# The whole tour at miniature size, about a minute on two cores: make data, let a model write the instructions, train on cached
 # encodings, edit a benchmark, have it judged, look at the pages. No network, no GPU: the "vision-language model" is
 # tests/fake_server.py, which speaks the protocol of vLLM, SGLang and OpenAI and fails in 30 % of its calls, as real ones may.
 #
@@ -30,7 +30,7 @@ python data.py check "$OUT/objedit_vlm.jsonl" --sheet "$OUT/objedit.png" || true
 python data.py check "$OUT/scenes.jsonl" --sheet "$OUT/scenes.png"
 
 # Training, the encoders out of memory: a few steps, to see it run.
-TRAIN=(--data "$OUT/scenes.jsonl" --steps 4 --batch 4 --cache "$OUT/cache")
+TRAIN=(--data "$OUT/scenes.jsonl" --steps 4 --batch 4 --cache "$OUT/cache" --resume)
 python train.py --stage 1 "${TRAIN[@]}" --output "$OUT/stage1"
 python train.py --stage 2 "${TRAIN[@]}" --output "$OUT/stage2" --checkpoint "$OUT/stage1"
 

@@ -259,22 +259,28 @@ def measure_depth(disparity: np.ndarray, pair) -> dict[str, float]:
     }
 
 
-def success(values: dict[str, float], ceiling_bg_psnr: float) -> float:
-    """1 for a right edit: moved to the place, gone from where it was, and the rest as good as the autoencoder allows.
+def success(values: dict[str, float], ceiling_bg_psnr: float) -> bool:
+    """Whether the edit is right: moved to the place, gone from where it was, and the rest as good as the autoencoder allows.
 
     effect_iou > 0.5, ghost < 0.3, bg_psnr > 25 dB and within 3 dB of that of autoencoder(target) on the same scene.
     """
-    return float(values["effect_iou"] > 0.5 and not values["ghost"] >= 0.3
-                 and values["bg_psnr"] > 25 and values["bg_psnr"] >= ceiling_bg_psnr - 3)
+    return bool(values["effect_iou"] > 0.5 and not values["ghost"] >= 0.3
+                and values["bg_psnr"] > 25 and values["bg_psnr"] >= ceiling_bg_psnr - 3)
 
 
 def bootstrap(values, resamples: int = 2000, statistic=None) -> tuple[float, float, float]:
-    """Mean of a list of numbers and its 95 % percentile bootstrap interval: (mean, low, high); nan entries are left out.
+    """Mean of a list of numbers and its 95 % percentile bootstrap interval: (mean, low, high); nan entries are left out. Of
+    booleans Wilson's interval, since resampling finds none where all are equal.
 
     With `statistic`, values are rows of K numbers and it turns their means (..., K) into the number wanted: resampling keeps
     a row together.
     """
-    values = np.asarray(values, dtype=np.float64)
+    values = np.asarray(values)
+    if values.dtype == bool and len(values):
+        mean, z = values.mean(), 1.96**2 / len(values)
+        middle, half = (mean + z / 2) / (1 + z), (z * mean * (1 - mean) + z * z / 4) ** 0.5 / (1 + z)
+        return float(mean), max(0.0, float(middle - half)), min(1.0, float(middle + half))
+    values = values.astype(np.float64)
     values = values[~np.isnan(values if values.ndim == 1 else values.sum(1))]
     if not len(values):
         return (float("nan"),) * 3

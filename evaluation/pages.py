@@ -22,12 +22,10 @@ LONGEST_SIDE = 512  # of an embedded picture, pixels: what the paper's pictures 
 
 @dataclass(frozen=True)
 class Table:
-    """caption says what is measured, on what; the first column of `rows` names them. highlight: indices of rows to mark,
-    explained in `note`, a line below the table."""
+    """caption says what is measured, on what; the first column of `rows` names them. note: a line below the table."""
     caption: str
     header: list[str]
     rows: list[list[str]]
-    highlight: set[int] = field(default_factory=set)
     note: str = ""
 
 
@@ -117,9 +115,9 @@ def table_html(table: Table, index: int) -> str:
     align = [' class="n"' if column and all(map(is_number, column)) else "" for column in columns]
     head = "".join(f'<th scope="col"{a}>{text(cell)}</th>' for cell, a in zip(table.header, align))
     rows = ""
-    for i, row in enumerate(table.rows):
+    for row in table.rows:
         cells = "".join(f"<td{a}>{text(cell)}</td>" for cell, a in zip(row[1:], align[1:]))
-        rows += f'<tr{" class=mark" if i in table.highlight else ""}><th scope="row">{text(row[0])}</th>{cells}</tr>'
+        rows += f'<tr><th scope="row">{text(row[0])}</th>{cells}</tr>'
     note = f'<p class="note">{text(table.note)}</p>' if table.note else ""
     return boxed(table.caption, f"table-{index}", f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>") + note
 
@@ -162,7 +160,6 @@ th,td{padding:.35rem .7rem;text-align:left;vertical-align:top;border-bottom:1px 
 thead th{border-bottom:2px solid var(--edge);vertical-align:bottom}
 tbody th{font-weight:500;background:var(--bg);position:sticky;left:0;min-width:7rem}
 .n{text-align:right;white-space:nowrap}
-.mark>*,.mark>th{background:var(--mark)}
 .note,.help{color:var(--muted);font-size:.9rem;margin:.2rem 0 1.5rem}dialog .help{margin:.4rem 0 0}
 .bars{width:100%;max-width:55rem}.bars th,.bars td{border:0;padding:.1rem .4rem}
 .bars th[scope=rowgroup]{padding-top:.7rem;font-weight:600}
@@ -188,7 +185,7 @@ dialog::backdrop{background:#000b}dialog h2{margin:0}dialog p{margin:.2rem 0 .5r
 #flip img{width:100%;height:100%;object-fit:contain}
 @media (max-width:30rem){.bars .n span{display:block;font-size:.8rem;line-height:1.2}th,td{padding:.3rem .45rem}}
 @media print{dialog{display:none}.scroll{overflow:visible}body{max-width:none;font-size:10pt}
-.bars rect,.mark>*{print-color-adjust:exact}h2{break-after:avoid}}
+.bars rect{print-color-adjust:exact}h2{break-after:avoid}}
 """
 
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="  # 1 x 1: an img without src is invalid

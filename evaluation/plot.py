@@ -8,10 +8,10 @@ from dataclasses import dataclass
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 300, 52, 44  # of curves, their left and lower margins
 COLOURS = """
 :root{color-scheme:light;--bg:#ffffff;--card:#f3f5f8;--fg:#1a1f26;--muted:#545d69;--line:#cfd5dd;--edge:#6a7380;
---accent:#0b57b0;--on-accent:#ffffff;--mark:#fdf0c3;
+--accent:#0b57b0;--on-accent:#ffffff;
 --s0:#0b57b0;--s1:#a84f06;--s2:#17734a;--s3:#8236b0;--s4:#b3261e;--s5:#545d69}
 @media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--bg:#13161a;--card:#1d2127;--fg:#e8ebef;
---muted:#a6aeb9;--line:#3a414b;--edge:#87909c;--accent:#8ab8f5;--on-accent:#0c1a2b;--mark:#40370f;
+--muted:#a6aeb9;--line:#3a414b;--edge:#87909c;--accent:#8ab8f5;--on-accent:#0c1a2b;
 --s0:#8ab8f5;--s1:#f0a868;--s2:#70cf98;--s3:#d0a2f0;--s4:#f28b82;--s5:#a6aeb9}}
 """
 DRAWING = """

@@ -158,7 +158,7 @@ def method_tables(caption: str, found: dict[str, dict]) -> list[pages.Table]:
 
 def tables(found: dict[str, dict]) -> list[pages.Table]:
     """All methods; the same by group where there are several, and GEdit-Bench's means over the groups."""
-    made = method_tables("All samples, mean [95 % bootstrap interval]", found)
+    made = method_tables("All samples, mean [95 % interval]", found)
     names = sorted({group for entry in found.values() for group in entry["groups"]})
     if len(names) > 1:
         for name in names:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import metrics
+from evaluation.score import markdown
 from evaluation.study import CRITERIA, FORMAT, SCALE, hash_of
 
 
@@ -119,20 +120,17 @@ def tally_table(result: dict) -> str:
     """The result of `tally` as Markdown."""
     methods, criteria = result["methods"], result["criteria"]
 
-    def table(header, lines):
-        return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
-
     def mean(found):
         return f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
     parts = [f"Study {result['study']}: {result['voters']} voters, {len(result['samples'])} samples, {result['ratings']} ratings "
              "from 1 (worst) to 5; mean [95 % interval over voters and samples], mean rank (1 is best)",
-             table(["method", *(f"{c}{of}" for c in criteria for of in ("", " rank"))],
-                   [[m, *(cell for c in criteria.values() for cell in (mean(c["means"][m]), f"{c['ranks'][m]:.2f}"))]
-                    for m in methods])]
+             markdown(["method", *(f"{c}{of}" for c in criteria for of in ("", " rank"))],
+                      [[m, *(cell for c in criteria.values() for cell in (mean(c["means"][m]), f"{c['ranks'][m]:.2f}"))]
+                       for m in methods])]
     for name, found in criteria.items():
-        parts.append(table([f"{name}: row rated above column", *methods],
-                           [[a, *("" if a == b else f"{found['wins'][a][b]:.0%}" for b in methods)] for a in methods]))
+        parts.append(markdown([f"{name}: row rated above column", *methods],
+                              [[a, *("" if a == b else f"{found['wins'][a][b]:.0%}" for b in methods)] for a in methods]))
     parts.append("Agreement, Kendall's W: " + ", ".join(
         f"{name} {c['agreement']['kendall_w']:.2f} ({c['agreement']['samples']} samples)" for name, c in criteria.items()))
     parts += [f"Left out, the same voter exported later: {file}" for file in result["duplicates"]]

@@ -112,7 +112,7 @@ def overall(sc, pq):
 
 
 def summarise(ratings: list[dict], groups: list[str]) -> dict:
-    """Averages of one method's samples, each with its 95 % bootstrap interval as (mean, low, high).
+    """Averages of one method's samples, each with its 95 % interval as (mean, low, high).
 
     SC, PQ; O, of the means, as all rows of the paper are; O_sample_mean, the mean of every sample's own O, as GEdit-Bench
     has it, never larger. `group_means` are GEdit-Bench's figures (SC, PQ, O): means in each group, then over the groups.

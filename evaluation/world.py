@@ -43,8 +43,8 @@ def evaluate(model, level: str, split: str, scenes: int, seed: int, size: int, b
              baselines: bool = True, ceiling: list[dict] | None = None, **sampling):
     """Edits `scenes` scenes of a split and measures every row; without `baselines` the model and the ceiling alone.
 
-    model: offers edit_and_depth, edit and vae_roundtrip as spatialdiff.Editor does. seed: which scenes; different seeds
-    share none. ceiling: its metrics, where another model with this autoencoder was measured on these scenes. Memory holds
+    model: offers edit_and_depth, edit and vae_roundtrip as spatialdiff.Editor does. seed: which scenes; seeds less than
+    100 apart share none. ceiling: its metrics, where another model with this autoencoder was measured on these scenes. Memory holds
     the last 320 scenes, and the numbers of all. Returns {row: [metrics of each scene]}, the scenes' relations, the share of
     exchanged instructions that name an absent object, and (pair, edit, metrics) of the first `sheet` scenes.
     """
@@ -87,7 +87,7 @@ def evaluate(model, level: str, split: str, scenes: int, seed: int, size: int, b
 
 
 def summarise(values: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Metric -> mean, low and high of its 95 % bootstrap interval; a metric that applies to no scene is left out."""
+    """Metric -> mean, low and high of its 95 % interval; a metric that applies to no scene is left out."""
     found = {name: interval(metrics.bootstrap([v[name] for v in values if name in v])) for name in COLUMNS}
     return {name: triple for name, triple in found.items() if triple}
 

@@ -8,12 +8,13 @@
 
 All but the last have a file with the mathematics, a PyTorch reference and Triton kernels. On a CPU the references run;
 Triton need not be installed. On a GPU norm-RoPE and modulation run in Triton, and attention in whatever is faster there:
-Triton or torch's scaled_dot_product_attention, timed once for each shape (fp32, which has no matrix units without
-rounding, in the latter). `choose` overrides that.
+Triton or torch's scaled_dot_product_attention, timed once for each shape (the latter in fp32, which has no matrix units
+without rounding, and in compiled graphs, where nothing can be timed). `choose` overrides that.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from kernels.attention import attention_reference, attention_triton
 from kernels.backend import triton
@@ -28,15 +29,17 @@ _attention, _fused = "auto", None  # set by `choose`
 _faster: dict[tuple, str] = {}  # what `auto` measured
 
 
-def choose(attention: str = "auto", fused: bool | None = None) -> None:
-    """How to run from now on. attention: one of ATTENTION; fused: norm-RoPE and modulation in Triton (None: on a GPU).
+def choose(attention: str = "auto", fused: bool | None = None, device: torch.device | None = None) -> None:
+    """How to run from now on. attention: one of ATTENTION; fused: norm-RoPE and modulation in Triton (None: on a GPU);
+    device: where it will (None: a GPU if there is one).
 
     ValueError for what cannot run. On a CPU Triton's kernels run in its interpreter only (TRITON_INTERPRET=1): a test.
     """
     global _attention, _fused
     if attention not in ATTENTION:
         raise ValueError(f"--attention must be one of {', '.join(ATTENTION)}, not {attention}.")
-    if attention == "triton" and not torch.cuda.is_available() and (triton is None or not triton.knobs.runtime.interpret):
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    if attention == "triton" and not on_gpu and (triton is None or not triton.knobs.runtime.interpret):
         raise ValueError("--attention triton needs a GPU; leave it at auto.")
     if triton is None and (attention == "triton" or fused):
         raise ValueError("Triton is not installed (it exists for Linux); leave --attention at auto.")
@@ -90,16 +93,17 @@ def faster_attention(q: Tensor, k: Tensor, v: Tensor) -> str:
     key = (*q.shape, k.shape[1], v.dtype, grad, v.device)
     if key in _faster or torch.compiler.is_compiling():  # a traced graph cannot be timed: what was measured, or SDPA
         return _faster.get(key, "sdpa")
-    seconds = {}
+    seconds, unchanged = {}, lambda x: x
     for name, run in (("triton", attention_triton), ("sdpa", attention_reference)):
         inputs = [x.detach().requires_grad_(grad) for x in (q, k, v)]
         start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-        for i in range(8):
-            if i == 3:  # compiled and warm
-                start.record()
-            out = run(*inputs)
-            if grad:
-                torch.autograd.grad(out, inputs, out)
+        with saved_tensors_hooks(unchanged, unchanged):  # important: activation checkpointing must not count what is saved here
+            for i in range(8):
+                if i == 3:  # compiled and warm
+                    start.record()
+                out = run(*inputs)
+                if grad:
+                    torch.autograd.grad(out, inputs, out)
         end.record()
         end.synchronize()
         seconds[name] = start.elapsed_time(end) / 5

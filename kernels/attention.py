@@ -222,10 +222,9 @@ def _bias(key_mask: Tensor | None) -> Tensor | None:
 def _launch(kernel, name: str, q: Tensor, rows: int, block: int, even: bool, *args) -> None:
     block_m, block_n, warps, stages = _config(name, q)
     precision = "ieee" if q.dtype == torch.float32 else "tf32"  # says nothing to 16-bit products
-    with torch.cuda.device_of(q):
-        kernel[triton.cdiv(rows, block), q.shape[0] * q.shape[2]](
-            *args, q.shape[3], block_m, block_n, even, precision, num_warps=warps, num_stages=stages
-        )
+    kernel[triton.cdiv(rows, block), q.shape[0] * q.shape[2]](
+        *args, q.shape[3], block_m, block_n, even, precision, num_warps=warps, num_stages=stages
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:

@@ -73,7 +73,7 @@ class Connector(nn.Module):
 
     def forward(self, geometry: Tensor) -> Tensor:
         """Geometry tokens S (B, l', in_dim) -> spatial tokens (B, queries, out_dim)."""
-        context = self.proj_in(self.norm_in(geometry))
+        context = self.proj_in(self.norm_in(geometry.to(self.query.dtype)))
         x = self.query.expand(len(geometry), -1, -1)
         for block in self.blocks:
             x = block(x, context)

@@ -29,7 +29,7 @@ class SpatialHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Spatial tokens (B, K, dim) -> (B, K, out_dim)."""
-        return self.fc2(F.silu(self.fc1(self.norm(tokens))))
+        return self.fc2(F.silu(self.fc1(self.norm(tokens.to(self.norm.weight.dtype)))))
 
     @torch.no_grad()
     def start_at(self, mean: Tensor) -> None:

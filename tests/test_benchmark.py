@@ -371,10 +371,14 @@ def test_sanity_command(bench, tmp_path, monkeypatch, capsys):
     with FakeServer() as server:
         with pytest.raises(SystemExit) as stop:
             command(monkeypatch, "sanity", "--benchmark", bench, "--url", server.url, "--model", "judge", "--count", "3")
-        assert stop.value.code == 0 and server.stats()["requests"] <= 24
+        assert stop.value.code == 0 and 0 < (asked := server.stats()["requests"]) <= 24
+        with pytest.raises(SystemExit):  # no call is paid for twice
+            command(monkeypatch, "sanity", "--benchmark", bench, "--url", server.url, "--model", "judge", "--count", "3")
+        assert server.stats()["requests"] == asked
     assert "the judge can be used" in capsys.readouterr().out
     with FakeServer(failures=1, kinds=("empty",)) as server, pytest.raises(SystemExit) as stop:
-        command(monkeypatch, "sanity", "--benchmark", bench, "--url", server.url, "--model", "judge", "--count", "1")
+        command(monkeypatch, "sanity", "--benchmark", bench, "--url", server.url, "--model", "judge", "--count", "1",
+                "--cache", tmp_path / "calls.jsonl")
     assert stop.value.code == 1 and "do NOT use" in capsys.readouterr().out
 
 

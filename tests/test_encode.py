@@ -83,9 +83,12 @@ def test_disparity_is_the_scenes_rule(shards):
     assert maps[5][depths[5] == depths[5].min()].min() == 1
 
 
-def test_fingerprint_depends_on_what_is_rendered():
+def test_fingerprint_depends_on_what_is_rendered(monkeypatch):
     assert World(size=48).fingerprint() == World(size=48, shards=5).fingerprint()
     assert World(size=48).fingerprint() != World(size=64).fingerprint() != World(size=64, moves=1).fingerprint()
+    before = World(size=48).fingerprint()
+    monkeypatch.setattr(scenes, "STEP", 1.35)  # a rule of the targets alone
+    assert World(size=48).fingerprint() != before
 
 
 def test_batches_are_shuffled_epochs():
@@ -216,14 +219,25 @@ def test_depth_target_is_the_exact_one(rows, weights, tmp_path):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)  # 16 bits
 
 
+class Teacher(str):
+    digest = lambda self: self
+
+
 def test_depth_anything_where_no_depth_is_given(rows, weights, tmp_path, monkeypatch):
     asked = []
+    write_rows(rows, [{k: v for k, v in row.items() if k != "depth_tgt" or row["id"] == "0"} for row in read_rows(rows)])
+    with pytest.raises(FileNotFoundError, match="Depth-Anything-V2"):
+        triples(rows, weights, tmp_path / "cache", "eds")
+    assert not (tmp_path / "cache").exists()  # nothing was encoded in vain
+    monkeypatch.setattr(encode, "find_depth", lambda folder: (None, Teacher("one")))
     monkeypatch.setattr(encode, "load_depth", lambda folder, device: asked.append(folder) or "teacher")
     monkeypatch.setattr(encode, "depth_image", lambda model, images: images.float().mean(dim=-1) / 127.5 - 1)
-    write_rows(rows, [{k: v for k, v in row.items() if k != "depth_tgt" or row["id"] == "0"} for row in read_rows(rows)])
     found = triples(rows, weights, tmp_path / "cache", "eds").batch(torch.tensor([1])).depth
     picture = torch.from_numpy(resize(open_image(rows.parent / "pictures/1-tgt.png"), 48, 48))
     assert asked == [weights]
+    monkeypatch.setattr(encode, "find_depth", lambda folder: (None, Teacher("another")))
+    with pytest.raises(ValueError, match="made with depth one; this run has depth another"):
+        triples(rows, weights, tmp_path / "cache", "eds")
     torch.testing.assert_close(found, depth_target(None, picture.float().mean(dim=-1)[None] / 127.5 - 1, 3, "eds"))
 
 

@@ -6,6 +6,7 @@ Triton's kernels run in its interpreter here (tests/conftest.py). Each kernel ha
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from model.mmdit import MMDiT, MMDiTConfig, position_ids, rope_table
@@ -73,13 +74,37 @@ def test_mmdit_with_kernels_equals_mmdit_without(mmdit, checkpoint):
         assert (found[name] - truth).abs().max() <= 1e-5 * truth.abs().max(), name
 
 
-def test_choice():
+def test_choice(monkeypatch):
     cpu = torch.device("cpu")
     assert kernels.describe(cpu) == "PyTorch (no Triton on cpu)"
     kernels.choose("triton", fused=True)
     assert kernels.describe(cpu) == "Triton; attention: triton"
     with pytest.raises(ValueError, match="must be one of auto, triton, sdpa, not flash"):
         kernels.choose("flash")
+    monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="needs a GPU"):  # also where there is one, but --device is another
+        kernels.choose("triton", device=cpu)
+    kernels.choose("triton", device=torch.device("cuda"))
+
+
+def test_timing_under_activation_checkpointing(monkeypatch):
+    """The tensors that a timed attention saves are not the checkpoint's: with the same ones in both passes it goes on."""
+    class Event:
+        def __init__(self, **_): pass
+        record = synchronize = lambda self: None
+        elapsed_time = lambda self, other: 1.0
+
+    def layer(x):
+        q = x.view(1, 5, 2, 32)
+        kernels.faster_attention(q, q, q)
+        return x.sin().cos()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(kernels, "_faster", {})
+    x = torch.randn(5, 64, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert kernels._faster
+    torch.testing.assert_close(x.grad, -x.sin().sin() * x.cos())
 
 
 def test_widths_without_a_kernel_run_in_pytorch():

@@ -148,6 +148,11 @@ def test_bootstrap_covers_the_truth():
     assert np.isnan(M.bootstrap([float("nan")])).all()
 
 
+def test_interval_of_equal_ones():
+    assert M.bootstrap([True] * 300) == pytest.approx((1.0, 0.98736, 1.0), abs=1e-5)  # Wilson
+    assert M.bootstrap([False] * 24) == pytest.approx((0.0, 0.0, 0.13798), abs=1e-5)
+
+
 def test_another_size_is_refused():
     pair = make_pair(5, "plain", "seen", 64, index=0)
     with pytest.raises(ValueError, match="keep the size"):

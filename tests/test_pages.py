@@ -25,7 +25,7 @@ def make_report(path, name="SpatialDiff", instruction=None, cases=4, extra=""):
     pairs = [make_pair(0, "plain", "unseen", 64, index=i) for i in range(cases)]
     report(path, f"Evaluation {name}", {"judge": name, "samples": "150"},
            [Table("VIEScore, 150 samples", ["method", "SC", "O", name], [[name, ".803", "0.843 [0.8, 0.9]", "fine"],
-                                                                        ["copy", "—", "-0.1", "1 of 2"]], {1}, "Marked: a baseline.")],
+                                                                        ["copy", "—", "-0.1", "1 of 2"]], "copy: a baseline.")],
            [Bars("Success by relation", "share", ["left", name], {name: [(0.5, 0.25, 0.75), None], "copy": [(0.1, 0.0, 0.2)] * 2}),
             Bars("Background", "dB", ["left"], {"model": [(30.0, 20.0, 40.0)]})],
            [Case(f"{i + 1}. {pair.relation}{extra}", instruction or pair.instruction,
@@ -57,7 +57,7 @@ def test_the_rules_of_this_test_find_faults(page):
 
 
 def test_contrast(page):
-    text = [(a, b) for a in ("fg", "muted") for b in ("bg", "card", "mark")] + [("on-accent", "accent"), ("accent", "bg")]
+    text = [(a, b) for a in ("fg", "muted") for b in ("bg", "card")] + [("on-accent", "accent"), ("accent", "bg")]
     assert {k: round(v, 2) for k, v in contrasts(page, text).items() if v < 4.5} == {}
     shapes = [(f"s{i}", "bg") for i in range(6)] + [("edge", "bg"), ("edge", "card")]
     assert {k: round(v, 2) for k, v in contrasts(page, shapes).items() if v < 3} == {}
@@ -77,8 +77,7 @@ def test_tables(page):
     assert [[cell.text() for cell in row.all("th", "td")] for row in rows] == [
         ["SpatialDiff", ".803", "0.843 [0.8, 0.9]", "fine"], ["copy", "—", "-0.1", "1 of 2"]]
     assert [["n" == cell.attrs.get("class") for cell in row.all("td")] for row in rows] == [[True, True, False]] * 2
-    assert [row.attrs.get("class") for row in rows] == [None, "mark"]
-    assert "Marked: a baseline." in page and ".n{text-align:right" in page and "tabular-nums" in page
+    assert "copy: a baseline." in page and ".n{text-align:right" in page and "tabular-nums" in page
 
 
 def test_bars(page):

@@ -222,6 +222,7 @@ def test_picture_without_prompt_and_unreadable_picture(refused, picture):
     assert "needs an instruction" in refused("--image", picture)
     picture.write_bytes(picture.read_bytes()[:100])
     assert "cannot be read" in refused("--image", picture, "--prompt", PROMPT)
+    assert "would overwrite" in refused("--image", picture, "--prompt", PROMPT, "--output", picture)
 
 
 def test_wrong_checkpoint(refused, tmp_path):

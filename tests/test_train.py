@@ -5,9 +5,11 @@
 
 import gc
 import json
+import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,8 @@ from model.text import CLIPText, T5Encoder, build_word_tokenizer
 from model.vae import AutoEncoder
 from model.vggt import VGGT
 from model.weights import read_tensors, save_tensors
-from spatialdiff import PRESETS, build
+from spatialdiff import PRESETS, build, depth_target, encode_geometry, encode_image
+from triples.world import SceneTriples
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,11 +67,16 @@ def test_another_run_is_not_resumed(tmp_path):
 
 def test_careless_options(tmp_path):
     assert "say what to train" in run(code=2)
+    assert "leave --stage out" in run("--overfit", "--stage", 1, code=2)
+    assert "--save-every must be at least 1, not 0" in run("--stage", 1, "--save-every", 0, code=2)
+    assert "--no-ism is for --stage 2" in run("--stage", 1, "--no-ism", code=2)
+    assert "taken from --output" in run("--stage", "base", "--part", "mmdit", "--output", tmp_path, code=2)
     assert "--part is for --stage base" in run("--stage", 1, "--part", "vae", code=2)
     assert "needs --weights" in run("--stage", "base", "--part", "decoder", code=2)
     assert "only levels of --level, plain" in run("--stage", 1, "--mirror", "hard", code=2)
     text = run("--stage", 2, "--weights", tmp_path, "--output", tmp_path, "--shards", 1, "--cache", tmp_path, code=2)
     assert "Stage 2 starts from stage 1's Connector" in text
+    assert "stage 2 begins a LoRA" in run("--stage", 2, "--checkpoint", ROOT / "weights/nano/stage2", "--output", tmp_path, code=2)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +117,61 @@ def test_cached_encodings_give_the_same_bits(tiny, tmp_path, monkeypatch, option
     assert logs[0] == logs[1] and logs[0]["loss"] > 0 and (logs[0].get("gss", 0) > 0) == (options == ("--stage", "2"))
     live, cached = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("live", "cached"))
     assert live.keys() == cached.keys() and all(torch.equal(live[name], cached[name]) for name in live)
+    (tmp_path / "cached/checkpoint.safetensors").unlink()
     assert "to write into" not in on_files(tiny, tmp_path / "cached", *options)  # a second run finds them
     again = load_file(tmp_path / "cached/checkpoint.safetensors")
     assert all(torch.equal(again[name], cached[name]) for name in cached)
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_frozen_networks_in_bf16(tiny, tmp_path, monkeypatch, stage):
+    """As on a GPU: what learns stays in fp32. From the first step to the sheet."""
+    def encode_one(shards, vae, vggt, preset, gss, *rest):
+        pair = scenes.make_pair(0, split="train", size=48, extras=False)
+        ref, tgt = (torch.from_numpy(picture)[None] for picture in (pair.ref, pair.tgt))
+        maps = torch.from_numpy(scenes.disparity(pair.tgt_depth))[None]
+        with torch.no_grad():
+            return SceneTriples(encode_image(vae, ref), encode_image(vae, tgt), torch.zeros(1, dtype=torch.long), [pair.instruction],
+                                encode_geometry(vggt, ref, preset), depth_target(vae, maps, math.isqrt(preset.connector.queries), gss))
+
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], cpu_dtype="bfloat16"))
+    monkeypatch.setattr(train, "scene_shards", lambda *_: [])
+    monkeypatch.setattr(train, "encode_scenes", encode_one)
+    argv = ["train.py", "--stage", stage, "--preset", "tiny", "--weights", tiny / "weights", "--steps", 1, "--batch", 1, "--output", tmp_path]
+    monkeypatch.setattr(sys, "argv", [str(x) for x in argv])
+    train.main()
+    assert (tmp_path / "sheet-000001.png").is_file()
+    tensors = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(x.dtype == torch.float32 for name, x in tensors.items() if name.startswith("param."))
+
+
+def test_nothing_is_lost(tiny, tmp_path, monkeypatch):
+    """Neither a training to one that is begun in its folder or resumed with other networks, nor the log to a kill after
+    resuming, nor the weights to a gradient that is not finite."""
+    on_files(tiny, tmp_path, "--stage", "1", "--save-every", 6)
+    kept = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.safetensors", "log.jsonl", "connector.safetensors")}
+    unchanged = lambda: all((tmp_path / name).read_bytes() == before for name, before in kept.items())
+    assert "holds a training already: give --resume" in on_files(tiny, tmp_path, "--stage", "1", code=2) and unchanged()
+    other = tmp_path / "weights"
+    shutil.copytree(tiny / "weights", other)
+    save_tensors(other / "mmdit.safetensors", {k: v + 0.01 for k, v in load_file(other / "mmdit.safetensors").items()})
+    assert "it differs in networks" in on_files(tiny, tmp_path, "--stage", "1", "--weights", other, "--resume", code=2) and unchanged()
+
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 5}\n{"step": 12}\n{"step": 1')  # the last line torn, as by a full disk
+    train.continue_log(log, 6)  # and nothing is flushed
+    assert log.read_text() == '{"step": 5}\n'
+    log.unlink()
+    on_files(tiny, tmp_path, "--stage", "1", "--resume")
+
+    losses = train.losses
+    monkeypatch.setattr(train, "losses", lambda *given: tuple(x * torch.nan for x in losses(*given)))
+    argv = ["train.py", "--preset", "tiny", "--weights", tiny / "weights", "--data", tiny / "rows.jsonl", "--batch", 1, "--steps", 12,
+            "--cache", tmp_path / "cache", "--output", tmp_path / "nan", "--stage", "1"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(x) for x in argv])
+    with pytest.raises(ValueError, match="Step 1: the gradient is not finite"):
+        train.main()
+    assert not (tmp_path / "nan/connector.safetensors").exists()
 
 
 def test_parts_of_every_checkpoint_are_kept(tiny, tmp_path):
@@ -164,6 +224,7 @@ def test_careless_triples(tiny, tmp_path):
     on_files(tiny, tmp_path, "--stage", "2")
     other = tmp_path / "weights"
     shutil.copytree(tiny / "weights", other)
+    (tmp_path / "checkpoint.safetensors").unlink()
     save_tensors(other / "vae.safetensors", {k: v + 0.01 for k, v in load_file(other / "vae.safetensors").items()})
     assert "made with vae" in on_files(tiny, tmp_path, "--stage", "2", "--weights", other, code=2)
     assert "found none" in on_files(tiny, tmp_path, "--stage", "2", "--data", tmp_path / "none.jsonl", code=2)
@@ -180,8 +241,11 @@ def test_base_of_two_levels(tiny, tmp_path):
     run(*common, "--part", "decoder", "--weights", tmp_path / "out", "--output", tmp_path / "decoder")
     before, after = (load_file(tmp_path / folder / "vae.safetensors") for folder in ("out", "decoder"))
     assert {name.split(".")[0] for name, x in before.items() if not torch.equal(x, after[name])} == {"decoder"}
+    again = lambda: shutil.rmtree(tmp_path / "out/mmdit")
     assert "data         3000 samples" in run(*common, "--part", "mmdit", "--level", "plain", "deep", "deep")  # deep counts twice
+    again()
     assert "data         3000 samples" in run(*common, "--part", "mmdit", "--mirror", "deep")  # and so it does in a mirror
+    again()
     assert "data         2000 samples" in run(*common, "--part", "mmdit")  # 4 x 250 other edits, 2 x 500 moves
     vocabulary = lambda folder: json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert {*scenes.vocabulary("plain"), *scenes.vocabulary("deep")} <= set(vocabulary(tmp_path / "out"))
@@ -199,13 +263,14 @@ def test_base_of_two_levels(tiny, tmp_path):
     assert "data         2500 samples" in run(*common, "--move-shards", 1, 2)
     old, new = vocabulary(tiny / "weights"), vocabulary(tmp_path / "on")
     assert old.items() < new.items() and set(scenes.vocabulary("deep")) <= set(new)
+    shutil.rmtree(tmp_path / "on/mmdit")
     run(*common, "--level", "plain", "--rate", 0.5)
     for part in train.LEARNED["mmdit"]:
         before, after = (load_file(folder / f"{part}.safetensors") for folder in (tiny / "weights", tmp_path / "on"))
         assert all(torch.allclose(after[name].float(), x, rtol=0.01, atol=1e-3) for name, x in before.items()), part
         assert any(not torch.equal(after[name], x.bfloat16()) for name, x in before.items()), part
     assert (tmp_path / "on/tokenizer.json").read_text() == (tiny / "weights/tokenizer.json").read_text()
-    assert "it differs in start" in run(*common[:-4], "--weights", tmp_path / "out", "--output", tmp_path / "on", "--level", "plain", "--rate", 0.5,
+    assert "it differs in networks" in run(*common[:-4], "--weights", tmp_path / "out", "--output", tmp_path / "on", "--level", "plain", "--rate", 0.5,
                                           "--resume", code=2)
 
 

@@ -23,7 +23,7 @@ from model.depth import depth_image
 from model.text import unknown_words
 from model.weights import Source, save_tensors, to_json
 from spatialdiff import (
-    Preset, build, depth_target, encode_geometry, encode_image, encode_text, load_depth, load_part, load_tokenizers,
+    Preset, build, depth_target, encode_geometry, encode_image, encode_text, find_depth, load_depth, load_part, load_tokenizers,
 )
 
 
@@ -70,6 +70,8 @@ class FileTriples:
             raise ValueError(f"The preset {preset.name} does not know {len(unknown)} words of the instructions in {path}: "
                              f"{', '.join(sorted(unknown)[:10])}. The miniature reads sentences on its rendered scenes alone.")
         self.inputs = [self._inputs(path, row) for row in self.rows]
+        if gss != "none" and any(inputs["depth"][3] is None for inputs in self.inputs):
+            self.sources = sources | {"depth": find_depth(weights)[1]}  # missing, it is missed before anything is encoded
         self.networks, self.encoders, self.files = {}, {}, {}
         if cache is not None:
             self._check_cache()
@@ -131,9 +133,7 @@ class FileTriples:
         vae = part("vae")
         if kind == "latent":
             return lambda path, size: (encode_image(vae, picture(path, size)),)
-        teacher = None
-        if not meta and any(inputs["depth"][3] is None for inputs in self.inputs):
-            teacher = load_depth(self.weights, device)
+        teacher = load_depth(self.weights, device) if "depth" in self.sources and not meta else None
 
         def depth(path: Path, size: tuple[int, int], exact: Path | None) -> tuple[Tensor]:
             if meta:
@@ -167,8 +167,8 @@ class FileTriples:
     # The cache: files of encodings, and cache.json, which says what made each kind.
 
     def _facts(self, kind: str) -> dict:
-        names = {"text": ("t5", "clip"), "latent": ("vae",), "geometry": ("vggt",)}.get(kind, ("vae",))
-        p, facts = self.preset, {name: self.sources[name].digest()[:12] for name in names} | {"dtype": str(self.dtype)[6:]}
+        names = {"text": ("t5", "clip"), "latent": ("vae",), "geometry": ("vggt",)}.get(kind, ("vae", "depth"))
+        p, facts = self.preset, {name: self.sources[name].digest()[:12] for name in names if name in self.sources} | {"dtype": str(self.dtype)[6:]}
         if kind == "text":
             return facts | {"tokens": [p.t5_length, p.clip_length]}
         facts |= {"side": p.side, "keep_aspect": p.keep_aspect}

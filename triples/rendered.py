@@ -48,7 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--level", choices=scenes.LEVELS, default="plain")
     parser.add_argument("--split", choices=tuple(scenes.SPLITS), default="train")
     parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="which scenes; different seeds share none")
+    parser.add_argument("--seed", type=int, default=0, help="which scenes; seeds less than 100 apart share none")
 
 
 def main(args: Namespace) -> None:

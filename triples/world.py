@@ -36,12 +36,15 @@ class World:
     shards: int = 32
 
     def fingerprint(self) -> str:
-        """Changes when the renderer or the layout rules change: a few small pictures, their edits and the sizes."""
+        """Changes when the renderer or the layout rules change: a few small pictures, more layouts and edits."""
         probe = hashlib.sha256(f"{self.level} {self.size} {self.moves} {self.others} {SHARD}".encode())
-        for seed in range(3):
+        for seed in range(20):
             scene, edits = scenes.training_edits(seed, self.level, self.moves, self.others)
-            probe.update((scenes.render(scene, 32).rgb // 8).tobytes())
+            for part in (scene, *(edit.target for edit in edits)):
+                probe.update(" ".join(f"{t.name} {t.a:.3f} {t.b:.3f} {t.z:.3f} {t.size:.3f}" for t in part.objects).encode())
             probe.update(" ".join(edit.instruction for edit in edits).encode())
+            if seed < 3:
+                probe.update((scenes.render(scene, 32).rgb // 8).tobytes())
         return probe.hexdigest()[:12]
 
 
@@ -148,7 +151,8 @@ def encode_scenes(shards: list[Path], vae, vggt, preset, gss: str, kinds: tuple[
     wanted = {"reference": (f"{hashes['vae']}-reference", "ref", lambda x: encode_image(vae, x))}
     wanted["target"] = (f"{hashes['vae']}-target", "tgt", lambda x: encode_image(vae, x))
     if vggt is not None:
-        wanted["geometry"] = (f"{hashes['vggt']}-geometry", "ref", lambda x: encode_geometry(vggt, x, preset))
+        kept = f"{preset.geometry_tokens}{','.join(map(str, preset.geometry_layers))}"
+        wanted["geometry"] = (f"{hashes['vggt']}-geometry-{kept}", "ref", lambda x: encode_geometry(vggt, x, preset))
     if gss != "none":
         encode_depth = lambda depths: depth_target(vae, disparity(depths.cpu()).to(depths.device), grid, gss)
         wanted["depth"] = (f"{hashes['vae']}-{gss}{grid}", "tgt_depth", encode_depth)
