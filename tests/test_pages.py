@@ -10,7 +10,7 @@ from PIL import Image
 
 from browser import LOW_CONTRAST, Browser, contrasts, needs_browser, problems, read
 from evaluation.pages import Bars, Case, Table, data_url, report
-from evaluation.plot import Curves, round_up
+from evaluation.plot import round_up
 from scenes import make_pair
 
 NASTY = """<script>alert(1)</script><img src=x onerror=alert(2)>"'&amp;</title></table>"""
