@@ -173,7 +173,7 @@ def test_depth_targets():
     square = torch.nn.functional.interpolate(maps[:, None], (48, 48), mode="bilinear", align_corners=True)[:, 0]
     assert torch.equal(eds[1, 5], square[1, 16:32, 32:48].flatten())  # token (1, 2)
     grey = decode_depth(vae, eds, 3)
-    assert torch.equal(grey[..., 0], ((square + 1) * 127.5).round().to(torch.uint8)) and grey.shape == (2, 48, 48, 3)
+    assert torch.equal(grey[..., 0], (square * 127.5 + 127.5).round().to(torch.uint8)) and grey.shape == (2, 48, 48, 3)
     lds = depth_target(vae, maps, 3, "lds")
     assert lds.shape == (2, 9, 16)
     one = vae.encode(square[:1, None].expand(-1, 3, -1, -1))
