@@ -635,7 +635,8 @@ def main() -> None:
         facts |= {"level": " ".join(args.level), "mirror": " ".join(args.mirror)} | {name: getattr(args, name) for name in ("seed", "gss", "ism")}
         if args.data != "scenes":
             facts["data"] = digest(Path(args.data))
-        if train(task, recipe, folder, facts, args) or not (args.output / f"{part}.safetensors").is_file():
+        made = LEARNED.get(part) or ["lora" if name == "mmdit" else name for name in task.modules]
+        if train(task, recipe, folder, facts, args) or not all((args.output / f"{name}.safetensors").is_file() for name in made):
             task.save(args.output)  # once: what was trained on a part knows it by its sha256
 
 
