@@ -426,7 +426,8 @@ def table(caption: str, columns: dict[str, list[dict] | tuple], note: str = "") 
 
 def ladder_tables(found: dict[str, list[dict]], where: str, plan: Plan) -> list[pages.Table]:
     steps = {f"{two} over {one.strip('+ ')}": (found[one], found[two]) for one, two in zip(LADDER, LADDER[1:])}
-    note = f"An interval that holds 0 leaves the sign open; with few seeds it speaks of other scenes rather than of other seeds. Less is better of {', '.join(LESS_IS_BETTER)}."
+    note = ("An interval that holds 0 leaves the sign open; with few seeds it speaks of other scenes rather than of other seeds. "
+            f"Less is better of {', '.join(LESS_IS_BETTER)}.")
     return [table(f"{where}: {plan.scenes} scenes, {plan.seeds} seed{'s' * (plan.seeds > 1)}; mean [95 % interval over seeds and scenes]", found),
             table(f"{where}: each step of the ladder, paired by scene and seed; difference [95 % interval]", steps, note)]
 
