@@ -143,6 +143,8 @@ def test_frozen_networks_in_bf16(tiny, tmp_path, monkeypatch, stage):
     assert (tmp_path / "sheet-000001.png").is_file()
     tensors = load_file(tmp_path / "checkpoint.safetensors")
     assert all(x.dtype == torch.float32 for name, x in tensors.items() if name.startswith("param."))
+    head = build(PRESETS["tiny"], "spatial_head")  # and without autocast
+    assert head(torch.ones(1, 2, head.config.dim, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_nothing_is_lost(tiny, tmp_path, monkeypatch):
