@@ -10,10 +10,10 @@ source layout and the relation, so each instruction has exactly one truth.
 Ground coordinates are aligned with the camera: a to the right, b away from it, z up, one unit about
 the width of an object. Pictures are (H, W, 3) uint8, depth is z-depth along the optical axis.
 
-Levels: plain (five shapes, bare floor), textured (thirteen shapes, patterns), hard (4 to 7 objects; moves of seen and
-unseen scenes go far in depth or occlude, of training scenes about half do), deep (as plain to look at, as hard to lay out, and a pixel's place does not tell its depth: pitch, roll, field of
-view and the size of objects vary, things stand on others, some relations are about depth; distances to the camera are on the
-ground, to the point below it).
+Levels: plain (five shapes, bare floor), textured (thirteen shapes, patterns), hard (4 to 7 objects; moves of seen and unseen
+scenes go far in depth or occlude, of training scenes about half do), deep (as plain to look at, as hard to lay out, and a
+pixel's place does not tell its depth: pitch, roll, field of view and the size of objects vary, things stand on others, some
+relations are about depth; distances to the camera are on the ground, to the point below it).
 """
 
 import argparse
