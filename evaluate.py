@@ -52,6 +52,8 @@ def parse() -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, help="which scenes; seeds less than 100 apart share none")
     add_model_arguments(parser)
     run = parser.add_argument_group("run")
+    run.add_argument("--alter", choices=tuple(ablation.ALTERED), help="what the Connector is given instead of the picture's own "
+                     "geometry: does the model use it?")
     run.add_argument("--batch", type=int, default=32, help="scenes edited at once; changes speed and memory, not results")
     run.add_argument("--sheet", type=int, default=20, help="edits on the contact sheet")
     run.add_argument("--output", type=Path, help="folder for results.json, sheet and report; default: print only")
@@ -147,13 +149,18 @@ def run_evaluation(args: argparse.Namespace) -> None:
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
     model, preset, sampling, about = load_editor(args)
+    altered = {"alter_geometry": ablation.ALTERED[args.alter]} if args.alter else {}
+    if altered and model.vggt is None:
+        raise ValueError("--alter is for a model with spatial tokens.")
+    if altered and 1 in (args.batch, args.scenes % args.batch):
+        raise ValueError(f"--alter exchanges within a batch; {args.scenes} scenes in batches of {args.batch} leave one alone.")
     unknown = unknown_words(model.tokenizers[0], " ".join(scenes.vocabulary(args.level)))
     if unknown:
         print(f"The model does not know {len(unknown)} words of level {args.level}: {', '.join(unknown)}.")
     results, tables, bars, cases = [], [], [], []
     for split in ("seen", "unseen") if args.split == "both" else (args.split,):
         values, relations, absent, shown = evaluate(
-            model, args.level, split, args.scenes, args.seed, preset.side, args.batch, args.sheet, **sampling)
+            model, args.level, split, args.scenes, args.seed, preset.side, args.batch, args.sheet, **sampling, **altered)
         rows = {row: summarise(values[row]) for row in ROWS}
         by_relation = {row: {relation: {"scenes": relations.count(relation)}
                              | summarise([v for v, r in zip(values[row], relations) if r == relation])
@@ -183,7 +190,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
             (args.output / "results.json").write_text(json.dumps(results, indent=1))
     if args.output:
         pages.report(args.output / "report.html", "Rendered world", {
-            "model": about, "scenes": f"{args.level}, seed {args.seed}"}, tables, bars, cases, [
+            "model": about, "scenes": ", ".join(filter(None, (args.level, f"seed {args.seed}", args.alter)))}, tables, bars, cases, [
             f"Worst and best of the first {args.sheet} scenes of each split."])
 
 

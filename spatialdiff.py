@@ -509,9 +509,10 @@ class Editor:
         grid = (images.shape[1] // 16, images.shape[2] // 16)
         return Condition(txt, pooled, encode_image(self.vae, images), geometry, grid)
 
-    def edit(self, images, prompts: list[str], seeds: list[int], steps: int | None = None, guidance: float | None = None):
+    def edit(self, images, prompts: list[str], seeds: list[int], steps: int | None = None, guidance: float | None = None,
+             alter_geometry=None):
         """Edited pictures, uint8 (B, H, W, 3) as given. Each sample's noise comes from its own seed."""
-        return self.edit_and_depth(images, prompts, seeds, steps, guidance, depth=False)[0]
+        return self.edit_and_depth(images, prompts, seeds, steps, guidance, alter_geometry, depth=False)[0]
 
     @torch.inference_mode()
     def edit_and_depth(self, images, prompts: list[str], seeds: list[int], steps: int | None = None,

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -20,11 +21,13 @@ class Oracle:
     def __init__(self, level, split, scenes, seed, size):
         self.pairs = {pair.ref.tobytes(): pair for pair, _ in world.scene_stream(level, split, scenes, seed, size)}
         self.seeds = []
+        self.sampling = []
         self.knows_depth, self.vggt, self.tokenizers = True, None, (build_word_tokenizer(vocabulary("plain")),) * 2
 
     def edit(self, images, instructions, seeds, **sampling):
         assert images.dtype == np.uint8 and len(images) == len(instructions) == len(seeds)
         self.seeds += seeds
+        self.sampling.append(sampling)
         pairs = [self.pairs[image.tobytes()] for image in images]
         return np.stack([p.tgt if p.instruction == text else p.ref for p, text in zip(pairs, instructions)])
 
@@ -108,6 +111,32 @@ def test_command(knows_depth, tmp_path, monkeypatch, capsys):
     page = (tmp_path / "report.html").read_text()
     assert ("depth_rmse" in page) == knows_depth and ("depth_rmse" in results[0]["metrics"]) == knows_depth
     assert all(row in page for row in ROWS) and page.count("data:image/") >= 2 * 3  # two scenes: the worst and the best
+
+
+def test_geometry_is_altered_in_every_edit(tmp_path, monkeypatch):
+    oracle = Oracle("plain", "seen", 2, 7, 128)
+    oracle.vggt = True
+    monkeypatch.setattr(evaluate, "load", lambda *args, **kwargs: oracle)
+    options = ["--split", "seen", "--scenes", "2", "--seed", "7", "--output", str(tmp_path), "--alter", "geometry of another picture"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *options])
+    evaluate.main()
+    assert len(oracle.sampling) == 2  # as told, and with instructions exchanged
+    assert [used["alter_geometry"](torch.arange(3)).tolist() for used in oracle.sampling] == [[2, 0, 1]] * 2
+    assert json.loads((tmp_path / "results.json").read_text())[0]["settings"]["alter"] == options[-1]
+    assert options[-1] in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("options, vggt, reason", [
+    ("--scenes 4", None, "for a model with spatial tokens"), ("--scenes 5 --batch 4", True, "leave one alone"),
+    ("--scenes 4 --batch 1", True, "leave one alone")])
+def test_geometry_that_cannot_be_altered(options, vggt, reason, monkeypatch, capsys):
+    oracle = Oracle("plain", "seen", 2, 7, 128)
+    oracle.vggt = vggt
+    monkeypatch.setattr(evaluate, "load", lambda *args, **kwargs: oracle)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *options.split(), "--alter", "geometry of zeros"])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2 and reason in capsys.readouterr().err
 
 
 def test_an_empty_checkpoint_is_refused(tmp_path, monkeypatch, capsys):
