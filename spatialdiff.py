@@ -374,11 +374,13 @@ def choose_device(preset: Preset, name: str | None, dtype: str | None) -> tuple[
 
 
 def choose_preset(name: str | None, weights: Path | None) -> Preset:
-    """The preset asked for; else the one that the transformer in `weights` belongs to; else, without weights, nano."""
+    """The preset asked for; else the one that the transformer in `weights` belongs to, or T5 where that is not to be read;
+    else, without weights, nano."""
     if name or weights is None:
         return PRESETS[name or "nano"]
-    found = [source for source in scan(weights)[0] if source.network == "mmdit"]
-    fits = (p for p in PRESETS.values() if any(not s.mismatch(build(p, "mmdit", "meta").state_dict()) for s in found))
+    sources = scan(weights)[0]
+    fits = (p for part in ("mmdit", "t5") for p in PRESETS.values() for source in sources
+            if source.network == part and not source.mismatch(build(p, part, "meta").state_dict()))
     return next(fits, PRESETS["kontext"])
 
 

@@ -21,7 +21,7 @@ from model import lora
 from model.text import build_word_tokenizer
 from model.weights import FLUX_DIFFUSERS, VAE_DIFFUSERS, save_tensors, translate
 from scenes import VOCABULARY, make_pair
-from spatialdiff import PARTS, PRESETS, build, load
+from spatialdiff import PARTS, PRESETS, build, choose_preset, load
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "move the red cube to the left of the blue sphere"
@@ -252,7 +252,11 @@ def test_weights_of_another_preset(refused, weights, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_tensors(tmp_path / "t5.safetensors", build(PRESETS["nano"], "t5").state_dict())
     assert f"preset tiny in {tmp_path}, but found no t5." in refused(weights=tmp_path)
+    save_tensors(tmp_path / "mmdit.safetensors", build(PRESETS["nano"], "mmdit").state_dict())
+    assert choose_preset(None, tmp_path).name == "nano"
+    (tmp_path / "mmdit.safetensors").write_bytes((weights / "mmdit.safetensors").read_bytes()[:-100])
+    assert choose_preset(None, tmp_path).name == "nano"  # by T5, so that the sentence is of the transformer
     (tmp_path / "t5.safetensors").unlink()
-    (tmp_path / "mmdit.safetensors").write_bytes((tmp_path / "mmdit.safetensors").read_bytes()[:-100])
+    assert choose_preset(None, tmp_path).name == "kontext"
     sentence = refused(weights=tmp_path)
     assert "found no t5, mmdit." in sentence and "mmdit.safetensors (" in sentence and "is cut short" in sentence
