@@ -149,11 +149,11 @@ def run_evaluation(args: argparse.Namespace) -> None:
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
     model, preset, sampling, about = load_editor(args)
-    altered = {"alter_geometry": ablation.ALTERED[args.alter]} if args.alter else {}
-    if altered and model.vggt is None:
+    if args.alter and model.vggt is None:
         raise ValueError("--alter is for a model with spatial tokens.")
-    if altered and 1 in (args.batch, args.scenes % args.batch):
-        raise ValueError(f"--alter exchanges within a batch; {args.scenes} scenes in batches of {args.batch} leave one alone.")
+    if args.alter == ablation.EXCHANGED and 1 in (args.batch, args.scenes % args.batch):
+        raise ValueError(f"Geometry is exchanged within a batch; {args.scenes} scenes in batches of {args.batch} leave one alone.")
+    altered = {"alter_geometry": ablation.ALTERED[args.alter]} if args.alter else {}
     unknown = unknown_words(model.tokenizers[0], " ".join(scenes.vocabulary(args.level)))
     if unknown:
         print(f"The model does not know {len(unknown)} words of level {args.level}: {', '.join(unknown)}.")

@@ -47,7 +47,8 @@ ARMS = {  # arm -> how train.py makes it of the base
 }
 LADDER = (BASE, *ARMS)
 WEIGHTS = (0.0, 0.003, 0.01, 0.03, 0.1)  # of the latent depth loss
-ALTERED = {"geometry of zeros": torch.zeros_like, "geometry of another picture": lambda s: s.roll(1, 0)}  # at inference
+EXCHANGED = "geometry of another picture"  # of the same batch
+ALTERED = {"geometry of zeros": torch.zeros_like, EXCHANGED: lambda s: s.roll(1, 0)}  # at inference
 SHOWN = ("success", "effect_iou", "centroid_err", "ghost", "arrival", "bg_psnr", "obj_psnr_shift", "retrieval", "order",
          "depth_rmse", "depth_order", "depth_order_new")
 LESS_IS_BETTER = ("centroid_err", "ghost", "depth_rmse")

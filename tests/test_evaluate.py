@@ -10,6 +10,7 @@ from PIL import Image
 
 import evaluate
 from evaluation import world
+from evaluation.ablation import EXCHANGED
 from evaluation.world import AE_SOURCE, CEILING, COPY, MODEL, ROWS, SHUFFLED
 from model.text import build_word_tokenizer
 from scenes import disparity, vocabulary
@@ -117,13 +118,13 @@ def test_geometry_is_altered_in_every_edit(tmp_path, monkeypatch):
     oracle = Oracle("plain", "seen", 2, 7, 128)
     oracle.vggt = True
     monkeypatch.setattr(evaluate, "load", lambda *args, **kwargs: oracle)
-    options = ["--split", "seen", "--scenes", "2", "--seed", "7", "--output", str(tmp_path), "--alter", "geometry of another picture"]
+    options = ["--split", "seen", "--scenes", "2", "--seed", "7", "--output", str(tmp_path), "--alter", EXCHANGED]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *options])
     evaluate.main()
     assert len(oracle.sampling) == 2  # as told, and with instructions exchanged
     assert [used["alter_geometry"](torch.arange(3)).tolist() for used in oracle.sampling] == [[2, 0, 1]] * 2
-    assert json.loads((tmp_path / "results.json").read_text())[0]["settings"]["alter"] == options[-1]
-    assert options[-1] in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())[0]["settings"]["alter"] == EXCHANGED
+    assert EXCHANGED in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("options, vggt, reason", [
@@ -133,7 +134,7 @@ def test_geometry_that_cannot_be_altered(options, vggt, reason, monkeypatch, cap
     oracle = Oracle("plain", "seen", 2, 7, 128)
     oracle.vggt = vggt
     monkeypatch.setattr(evaluate, "load", lambda *args, **kwargs: oracle)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *options.split(), "--alter", "geometry of zeros"])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *options.split(), "--alter", EXCHANGED])
     with pytest.raises(SystemExit) as stop:
         evaluate.main()
     assert stop.value.code == 2 and reason in capsys.readouterr().err

@@ -113,6 +113,8 @@ def test_staged_edit_equals_the_plain_one(run, weights, picture, ism):
     edit = editor.edit(small[None], [PROMPT], [5], 3, PRESETS["tiny"].guidance_sample)
     assert np.array_equal(open_image(folder / "edit.png"), resize(edit[0], 50, 70))
     assert not (folder / "edit_compare.png").exists()
+    if ism:  # geometry of zeros is another edit
+        assert not np.array_equal(edit, editor.edit(small[None], [PROMPT], [5], 3, alter_geometry=torch.zeros_like))
 
 
 def test_published_arrangement(run, weights, picture, capsys):
